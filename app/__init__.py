@@ -1,0 +1,1 @@
+"""The service: HTTP, records, queue, storage, command line. Never imports torch."""

@@ -1,0 +1,1 @@
+"""Artifacts: publish, list, download."""

@@ -1,0 +1,1 @@
+"""The catalog: techniques and preset recipes."""

@@ -1,0 +1,1 @@
+"""Events: what happened to a job, in order."""

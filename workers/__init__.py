@@ -1,0 +1,1 @@
+"""The compression: recipes, techniques, engine, certification, and the processes that run them."""

@@ -1,0 +1,1 @@
+"""Blocks of a checkpoint streamed one at a time through the calibration text."""

@@ -1,0 +1,65 @@
+"""Why a job can fail, told so that the service knows whom to blame and whether to try again.
+
+JobError                     code, message, param, hint
+├── UserError                the request or the model is wrong: never retried
+├── InfrastructureError      network, storage, a lost process: retried up to five times
+└── CrashError               the work itself died or ran out of memory: retried twice
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal, Self
+
+Blame = Literal["user", "infrastructure", "crash"]
+
+
+class JobError(Exception):
+    """A failure with a stable ``code``; ``param`` is a path such as ``recipe.stages[0].group_size``."""
+
+    blame: ClassVar[Blame]
+
+    def __init__(self, code: str, message: str, *, param: str | None = None, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.param = param
+        self.hint = hint
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that travels over the pipe from a job's process to its supervisor."""
+        return {
+            "code": self.code,
+            "message": self.message,
+            "param": self.param,
+            "hint": self.hint,
+            "blame": self.blame,
+        }
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> JobError:
+        """The inverse of :meth:`to_dict`."""
+        kind = {"user": UserError, "infrastructure": InfrastructureError, "crash": CrashError}[data["blame"]]
+        return kind(data["code"], data["message"], param=data.get("param"), hint=data.get("hint"))
+
+    def at(self, param: str) -> Self:
+        """The same error, naming the field ``param`` if it names none yet."""
+        self.param = self.param or param
+        return self
+
+
+class UserError(JobError):
+    """The user has to change something; trying again would fail again."""
+
+    blame = "user"
+
+
+class InfrastructureError(JobError):
+    """Something around the job failed; trying again may succeed."""
+
+    blame = "infrastructure"
+
+
+class CrashError(JobError):
+    """The job's own process died, ran out of memory or hit a defect of ours."""
+
+    blame = "crash"

@@ -1,0 +1,1 @@
+"""Output formats: how an artifact is written and opened again."""

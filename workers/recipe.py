@@ -1,0 +1,184 @@
+"""The recipe: everything that decides the bytes of an artifact, and the rules that span its stages."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from workers.techniques import QuantizationOptions, Stage
+
+RECIPE_VERSION = 1
+
+Format = Literal["compressed-tensors", "safetensors"]
+Packing = Literal["pack-quantized", "int-quantized"]
+
+_DATASET = re.compile(r"(builtin|hub|file):[^\x00-\x1f\x7f]{1,500}")
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class InlineDataset(_Part):
+    """Texts sent with the request."""
+
+    texts: Annotated[list[Annotated[str, Field(max_length=1_000_000)]], Field(min_length=1, max_length=100_000)]
+    labels: Annotated[list[str | int], Field(max_length=100_000)] | None = None
+
+    @model_validator(mode="after")
+    def _has_text(self) -> InlineDataset:
+        if not any(text.strip() for text in self.texts):
+            raise ValueError("every text is empty; send at least one text with words in it")
+        if self.labels is not None and len(self.labels) != len(self.texts):
+            raise ValueError(f"{len(self.labels)} labels for {len(self.texts)} texts; send one label a text")
+        return self
+
+
+def _known_source(value: str) -> str:
+    if not _DATASET.fullmatch(value):
+        raise ValueError("must be builtin:NAME, hub:NAME[:CONFIG][:SPLIT], file:NAME, or an object with texts")
+    if value.startswith("builtin:") and value != BUILTIN_DATASET:
+        raise ValueError(f"unknown built-in dataset; the one there is: {BUILTIN_DATASET}")
+    return value
+
+
+BUILTIN_DATASET = "builtin:python-docs"
+Dataset = Annotated[str, AfterValidator(_known_source)] | InlineDataset
+
+
+class Calibration(_Part):
+    """Text that is run through the model to gather statistics."""
+
+    dataset: Dataset = BUILTIN_DATASET
+    text_field: Annotated[str, Field(max_length=200)] = "text"
+    num_samples: Annotated[int, Field(ge=1, le=65_536)] = 128
+    max_seq_length: Annotated[int, Field(ge=8, le=131_072, description="Tokens a sample.")] = 512
+
+
+class Training(_Part):
+    """Text, and labels where there are any, for stages that train."""
+
+    dataset: Dataset
+    text_field: Annotated[str, Field(max_length=200)] = "text"
+    label_field: Annotated[str, Field(max_length=200)] | None = None
+
+
+class Evaluation(_Part):
+    """Held-out text on which the original and the result are measured."""
+
+    dataset: Dataset = BUILTIN_DATASET
+    text_field: Annotated[str, Field(max_length=200)] = "text"
+    num_tokens: Annotated[int, Field(ge=64, le=4_194_304)] = 16_384
+    max_seq_length: Annotated[int, Field(ge=16, le=131_072, description="Tokens a window.")] = 1_024
+    allow_overlap: Annotated[bool, Field(description="Keep text that calibration or training also uses.")] = False
+    prompt: Annotated[
+        str, Field(min_length=1, max_length=4_000, description="Continued by both models, side by side, in the report.")
+    ] = "The capital of France is"
+
+
+class Output(_Part):
+    """The form of the artifact. A null format is chosen by the stages."""
+
+    format: Format | None = None
+    packing: Annotated[
+        Packing | None,
+        Field(description="How compressed-tensors stores codes: packed into 32-bit words, or one byte each (8 bits)."),
+    ] = None
+
+
+class Recipe(_Part):
+    """Ordered stages and all that decides the bytes of the artifact."""
+
+    version: Literal[1] = RECIPE_VERSION
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=32)]
+    calibration: Calibration = Calibration()
+    training: Training | None = None
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+    seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve_output(cls, data: Any) -> Any:
+        """Fill in the format and packing, so that a stored recipe says them."""
+        if not isinstance(data, Mapping):
+            return data
+        output = data.get("output", {})
+        stages = data.get("stages")
+        if not isinstance(output, Mapping) or not isinstance(stages, list):
+            return data
+        output = dict(output)
+        quantizes = any(isinstance(stage, Mapping) and stage.get("technique") in _QUANTIZING for stage in stages)
+        if output.get("format") is None:
+            output["format"] = "compressed-tensors" if quantizes else "safetensors"
+        if output["format"] == "compressed-tensors" and output.get("packing") is None:
+            output["packing"] = "pack-quantized"
+        return {**data, "output": output}
+
+    @model_validator(mode="after")
+    def _stages_fit(self) -> Recipe:
+        check_stages(self)
+        return self
+
+    @property
+    def statistics(self) -> frozenset[str]:
+        """What the stages need from calibration."""
+        return frozenset().union(*(stage.statistics for stage in self.stages))
+
+    @property
+    def quantization(self) -> QuantizationOptions | None:
+        """The stage that quantizes, if there is one."""
+        return next((stage for stage in self.stages if isinstance(stage, QuantizationOptions)), None)
+
+
+_QUANTIZING = frozenset({"round_to_nearest", "gptq"})
+
+
+class RecipeError(ValueError):
+    """A rule that spans stages is broken; ``param`` is relative to the recipe."""
+
+    def __init__(self, code: str, param: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+def check_stages(recipe: Recipe) -> None:
+    """Raise RecipeError where the stages do not fit each other or the output."""
+    quantizing = [index for index, stage in enumerate(recipe.stages) if isinstance(stage, QuantizationOptions)]
+    if len(quantizing) > 1:
+        raise RecipeError(
+            "stages_conflict", f"stages[{quantizing[1]}].technique", "a model is quantized once; keep one such stage"
+        )
+    if quantizing and quantizing[0] != len(recipe.stages) - 1:
+        raise RecipeError(
+            "stages_conflict",
+            f"stages[{quantizing[0] + 1}].technique",
+            "nothing can follow quantization; move this stage before it",
+        )
+    output, quantization = recipe.output, recipe.quantization
+    if output.format == "compressed-tensors" and quantization is None:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            "compressed-tensors stores quantized layers and no stage quantizes; use safetensors",
+        )
+    if output.format == "safetensors" and quantization is not None:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            "plain safetensors would store the quantized weights at full width, no smaller than the original; "
+            "use compressed-tensors",
+        )
+    if output.format == "safetensors" and output.packing is not None:
+        raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
+    if output.packing == "int-quantized" and quantization is not None and quantization.num_bits != 8:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.packing",
+            f"int-quantized stores one byte a weight and {quantization.scheme} has {quantization.num_bits} bits; "
+            "use pack-quantized",
+        )

@@ -1,0 +1,1 @@
+"""Tensor mathematics without I/O and without a model."""

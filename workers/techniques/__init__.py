@@ -1,0 +1,23 @@
+"""The techniques. A new one is a file here and a line in ``Stage``; modules import torch inside functions only."""
+
+from __future__ import annotations
+
+from typing import Annotated, get_args
+
+from pydantic import Field
+
+from workers.techniques.gptq import GPTQ
+from workers.techniques.magnitude import Magnitude
+from workers.techniques.options import QuantizationOptions, StageOptions
+from workers.techniques.round_to_nearest import RoundToNearest
+
+Stage = Annotated[
+    RoundToNearest | GPTQ | Magnitude,
+    Field(discriminator="technique"),
+]
+
+TECHNIQUES: dict[str, type[StageOptions]] = {
+    technique.model_fields["technique"].default: technique for technique in get_args(get_args(Stage)[0])
+}
+
+__all__ = ["GPTQ", "TECHNIQUES", "Magnitude", "QuantizationOptions", "RoundToNearest", "Stage", "StageOptions"]

@@ -1,0 +1,57 @@
+"""GPTQ: quantize column by column, and let the columns not yet done make up for the error (Frantar et al. 2022)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from workers.techniques.options import QuantizationOptions, Statistic
+
+if TYPE_CHECKING:
+    from workers.engine.layer import Layer
+
+
+class GPTQ(QuantizationOptions):
+    """Second-order quantization with calibration text; arXiv:2210.17323."""
+
+    summary: ClassVar[str] = (
+        "Quantize column by column, compensating each column's error in the rest by the Hessian of the calibration."
+    )
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+
+    technique: Literal["gptq"] = "gptq"
+    act_order: Annotated[
+        bool,
+        Field(
+            description="Quantize the columns with the largest activations first. Groups stay where they are, so the "
+            "stored format does not change."
+        ),
+    ] = True
+    clip_search: Annotated[
+        bool, Field(description="Search each scale for the least squared error, instead of covering the extremes.")
+    ] = True
+    damping: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Added to the Hessian's diagonal, as a fraction of its mean; grown until the Cholesky "
+            "factorization succeeds.",
+        ),
+    ] = 0.01
+
+    def compress(self, layer: Layer) -> dict[str, Any]:
+        """Quantize ``layer`` with the Hessian of its input."""
+        from workers.solvers.gptq import gptq
+
+        layer.quantized, outcome = gptq(
+            layer.weight,
+            layer.statistics.hessian,
+            layer.grid(self),
+            act_order=self.act_order,
+            clip_search=self.clip_search,
+            damping=self.damping,
+            zeros=layer.zeros,
+        )
+        return outcome.to_metrics()

@@ -1,0 +1,62 @@
+"""What the options of every technique have in common."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    from workers.engine.layer import Layer
+
+Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
+Scheme = Literal["W4A16", "W8A16"]
+Statistic = Literal["hessian"]
+
+SCHEME_BITS: dict[str, int] = {"W4A16": 4, "W8A16": 8}
+
+
+class StageOptions(BaseModel):
+    """Options that every stage has. A technique adds its own, and says what it is and what it needs."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    kind: ClassVar[Kind]
+    summary: ClassVar[str]
+    statistics: ClassVar[frozenset[Statistic]] = frozenset()
+
+    ignore: Annotated[
+        list[str],
+        Field(
+            description="Names or shell-style patterns of linear layers to leave as they are, for example "
+            "`model.layers.0.*` or `*.down_proj`.",
+            max_length=1000,
+        ),
+    ] = []
+
+    def compress(self, layer: Layer) -> dict[str, Any]:
+        """Change ``layer`` in place and return what the report says of it."""
+        raise NotImplementedError
+
+
+class QuantizationOptions(StageOptions):
+    """Options of a technique that stores linear layers as integers with scales."""
+
+    kind: ClassVar[Kind] = "quantization"
+
+    scheme: Annotated[Scheme, Field(description="Bits of weights and of activations.")] = "W4A16"
+    group_size: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            le=1_048_576,
+            description="Input columns that share a scale; null for one scale per output channel. A layer that it "
+            "does not divide falls back to its largest usable divisor, and the report says so.",
+        ),
+    ] = 128
+    symmetric: Annotated[bool, Field(description="No zero-points: code 0 is the value 0.")] = True
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of one weight."""
+        return SCHEME_BITS[self.scheme]
