@@ -116,7 +116,7 @@ def _create_children_of_jobs() -> None:
         sa.Column("ended_at", TIME),
         sa.PrimaryKeyConstraint("id", name="pk_attempts"),
         _belongs_to_job("attempts"),
-        sa.UniqueConstraint("job_id", "fence", name="uq_attempts_job_id"),
+        sa.UniqueConstraint("job_id", "fence", name="uq_attempts_job_id_fence"),
     )
     op.create_index("ix_attempts_job_id", "attempts", ["job_id"])
     op.create_table(
