@@ -45,13 +45,11 @@ class GPTQ(QuantizationOptions):
         """Quantize ``layer`` with the Hessian of its input."""
         from workers.solvers.gptq import gptq
 
+        statistics = layer.statistics
+        factor = statistics.inverse_factor(act_order=self.act_order, damping=self.damping)
+        if factor is None:
+            layer.fall_back("hessian_not_positive_definite", "rounded to nearest: no damping made the Hessian usable")
         layer.quantized, outcome = gptq(
-            layer.weight,
-            layer.statistics.hessian,
-            layer.grid(self),
-            act_order=self.act_order,
-            clip_search=self.clip_search,
-            damping=self.damping,
-            zeros=layer.zeros,
+            layer.weight, statistics.hessian, factor, layer.grid(self), clip_search=self.clip_search, zeros=layer.zeros
         )
         return outcome.to_metrics()

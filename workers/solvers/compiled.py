@@ -1,0 +1,195 @@
+"""The two inner loops of quantization, compiled for the CPU with numba.
+
+Every row of a weight is independent, so rows are dealt to plain threads that hold no lock while they compute.
+There is no barrier inside, unlike OpenMP's, whose waiting made these small operations many times slower when the
+other cores were busy; and the result is the same for every number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numba import njit
+from torch import Tensor
+
+# Sums may be reordered so that they vectorize; NaN and infinity keep their meaning.
+_FAST = {"reassoc", "contract", "arcp", "nsz"}
+
+
+@njit(nogil=True, cache=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
+def _group_error(group, weights, scale, zero, lowest, highest):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    inverse = np.float32(1.0) / scale
+    total = np.float32(0.0)
+    for i in range(group.shape[0]):
+        code = np.rint(group[i] * inverse) + zero
+        code = min(max(code, lowest), highest)
+        difference = (code - zero) * scale - group[i]
+        total += difference * difference * weights[i]
+    return total
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _round_mantissa(value, dropped):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+    """A float32 rounded to nearest even after its lowest ``dropped`` bits are given up."""
+    if dropped == 0:
+        return value
+    bits = np.float32(value).view(np.uint32)
+    one = np.uint32(1)
+    half = (one << np.uint32(dropped - 1)) - one
+    rounded = bits + half + ((bits >> np.uint32(dropped)) & one)
+    return np.uint32((rounded >> np.uint32(dropped)) << np.uint32(dropped)).view(np.float32)
+
+
+@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
+def _search_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    groups, importance, shrink, lowest, highest, symmetric, dropped, tiny, scales, zeros  # noqa: ANN001
+):
+    span = np.float32(highest - lowest)
+    low_code, high_code = np.float32(lowest), np.float32(highest)
+    for row in range(groups.shape[0]):
+        for index in range(groups.shape[1]):
+            group = groups[row, index]
+            low, high = np.float32(0.0), np.float32(0.0)
+            for value in group:
+                low = min(low, value)
+                high = max(high, value)
+            best_error = np.float32(np.inf)
+            best_scale, best_zero = np.float32(1.0), np.float32(0.0)
+            for step in range(shrink.shape[0]):
+                for sign in range(2 if symmetric else 1):
+                    if symmetric:
+                        scale = max(-low, high) * np.float32(2.0) * shrink[step] / span
+                        if sign == 1:
+                            scale = -scale
+                    else:
+                        scale = (high - low) * shrink[step] / span
+                    scale = _round_mantissa(scale, dropped)
+                    if abs(scale) < tiny:
+                        scale = np.float32(1.0)
+                    zero = np.float32(0.0)
+                    if not symmetric:
+                        zero = min(max(np.rint(low_code - low * shrink[step] / scale), low_code), high_code)
+                    error = _group_error(group, importance[index], scale, zero, low_code, high_code)
+                    if error < best_error:
+                        best_error, best_scale, best_zero = error, scale, zero
+            scales[row, index] = best_scale
+            zeros[row, index] = np.int8(best_zero)
+
+
+# Bits of a float32's mantissa that a scale loses when it is stored in a narrower type.
+_DROPPED_BITS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}
+
+
+def search_scales(
+    groups: Tensor,
+    importance: Tensor,
+    shrink: Tensor,
+    lowest: int,
+    highest: int,
+    *,
+    symmetric: bool,
+    scale_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """Scale and zero-point of least weighted squared error for each group.
+
+    ``groups`` is rows × groups × group_size and ``importance`` groups × group_size, both float32 on the CPU.
+    Returns float32 scales, already rounded to ``scale_dtype``, and int8 zero-points, both rows × groups.
+    """
+    rows, num_groups, _ = groups.shape
+    scales = np.empty((rows, num_groups), dtype=np.float32)
+    zeros = np.empty((rows, num_groups), dtype=np.int8)
+    values, weights, factors = groups.numpy(), importance.contiguous().numpy(), shrink.numpy()
+    dropped, tiny = _DROPPED_BITS[scale_dtype], np.float32(torch.finfo(scale_dtype).tiny)
+
+    def search(part: slice) -> None:
+        _search_rows(
+            values[part], weights, factors, lowest, highest, symmetric, dropped, tiny, scales[part], zeros[part]
+        )
+
+    _over_rows(rows, search)
+    return torch.from_numpy(scales), torch.from_numpy(zeros)
+
+
+@njit(nogil=True, cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
+def _quantize_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
+    weight, factor, scales, zeros, group_of, pruned, lowest, highest, first, last, codes, errors  # noqa: ANN001
+):
+    for row in range(weight.shape[0]):
+        values = weight[row]
+        for column in range(first, last):
+            group = group_of[column]
+            scale, zero = scales[row, group], np.float32(zeros[row, group])
+            code = np.rint(values[column] / scale) + zero
+            code = min(max(code, np.float32(lowest)), np.float32(highest))
+            if pruned.shape[0] > 0 and pruned[row, column]:
+                code = zero
+            codes[row, column] = np.int8(code)
+            error = (values[column] - (code - zero) * scale) / factor[column, column]
+            errors[row, column - first] = error
+            for later in range(column + 1, last):
+                values[later] -= error * factor[column, later]
+
+
+def quantize_columns(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_of: Tensor,
+    pruned: Tensor | None,
+    lowest: int,
+    highest: int,
+    block_columns: int,
+) -> tuple[Tensor, float]:
+    """Codes (int8, rows × columns) of ``weight``, each column's error carried on to the columns after it.
+
+    Also returns the squared error of the product with the inputs, which is the sum of the carried errors' squares.
+
+    ``weight`` (float32, rows × columns, contiguous, overwritten) and ``pruned`` are in the order of quantization;
+    ``group_of`` (int64, columns) gives each column's group; ``factor`` is the upper Cholesky factor of the inverse
+    Hessian. Inside a block of columns the error goes on at once, beyond it in one product.
+    """
+    rows, columns = weight.shape
+    codes = np.empty((rows, columns), dtype=np.int8)
+    squared_error = 0.0
+    errors = np.empty((rows, block_columns), dtype=np.float32)
+    mask = np.empty((0, 0), dtype=np.bool_) if pruned is None else pruned.numpy()
+    values, triangle = weight.numpy(), factor.numpy()
+    scales, zeros, groups = scale.numpy(), zero_point.numpy(), group_of.numpy()
+    for first in range(0, columns, block_columns):
+        last = min(first + block_columns, columns)
+
+        def quantize(part: slice, first: int = first, last: int = last) -> None:
+            _quantize_rows(
+                values[part], triangle, scales[part], zeros[part], groups, mask[part], lowest, highest, first, last,
+                codes[part], errors[part],
+            )  # fmt: skip
+
+        _over_rows(rows, quantize)
+        carried = torch.from_numpy(errors[:, : last - first])
+        squared_error += float(carried.square().sum(dtype=torch.float64))
+        if last < columns:
+            weight[:, last:].addmm_(carried, factor[first:last, last:], alpha=-1.0)
+    return torch.from_numpy(codes), squared_error
+
+
+@lru_cache(maxsize=1)
+def _threads(num_threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(num_threads, thread_name_prefix="solver")
+
+
+def _over_rows(rows: int, work: Callable[[slice], None]) -> None:
+    """Run ``work`` over contiguous parts of the rows, one a thread."""
+    num_threads = max(1, min(torch.get_num_threads(), rows))
+    edges = [rows * index // num_threads for index in range(num_threads + 1)]
+    parts = [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    if num_threads == 1:
+        work(parts[0])
+    else:
+        list(_threads(torch.get_num_threads()).map(work, parts))
+
+

@@ -1,0 +1,112 @@
+"""GPTQ on one weight (Frantar et al. 2022, arXiv:2210.17323, algorithm 1), with static groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.solvers import compiled
+from workers.solvers.hessian import InverseFactor
+from workers.solvers.quantization import Grid, QuantizedWeight, choose_scales, quantize_to_nearest
+
+BLOCK_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the report says of one weight."""
+
+    relative_error: float  # ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text
+    damping: float | None  # fraction of the mean diagonal; None after a fallback to nearest
+    num_dead_columns: int
+
+    def to_metrics(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "relative_error": self.relative_error,
+            "damping": self.damping,
+            "num_dead_columns": self.num_dead_columns,
+        }
+
+
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    factor: InverseFactor | None,
+    grid: Grid,
+    *,
+    clip_search: bool,
+    zeros: Tensor | None = None,
+) -> tuple[QuantizedWeight, Outcome]:
+    """Quantize ``weight`` (float32, rows × K) so that its product with the calibration inputs changes least.
+
+    ``hessian`` is K × K and symmetric, ``factor`` what :func:`workers.solvers.hessian.inverse_factor` made of it, or
+    None to round to nearest. Scales are chosen before any column changes (static groups), so a column keeps its
+    group whatever the order. Pruned weights (``zeros``) stay exactly zero and their error is compensated as well.
+    """
+    scale, zero_point = choose_scales(
+        weight, grid, clip_search=clip_search, importance=hessian.diagonal().contiguous() if clip_search else None
+    )
+    if factor is None:
+        quantized = quantize_to_nearest(weight, grid, clip_search=clip_search, zeros=zeros)
+        difference = weight - quantized.dequantize()
+        return quantized, Outcome(_ratio(_energy(difference, hessian), _energy(weight, hessian)), None, 0)
+    order = factor.order
+    group_of = order // grid.group_size
+    ordered = weight[:, order].contiguous()
+    pruned = None if zeros is None else zeros[:, order].contiguous()
+    quantize = compiled.quantize_columns if weight.device.type == "cpu" else _quantize_columns
+    energy = _energy(weight, hessian)
+    codes, squared_error = quantize(
+        ordered, factor.factor, scale, zero_point, group_of, pruned, grid.lowest, grid.highest, BLOCK_COLUMNS
+    )
+    restored = torch.empty_like(codes)
+    restored[:, order] = codes
+    quantized = QuantizedWeight(restored, scale, zero_point, grid)
+    return quantized, Outcome(_ratio(squared_error, energy), factor.damping, factor.num_dead_columns)
+
+
+def _energy(weight: Tensor, hessian: Tensor) -> float:
+    """‖WX‖², from H = XᵀX."""
+    return float(torch.sum((weight @ hessian) * weight))
+
+
+def _ratio(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
+
+
+def _quantize_columns(
+    weight: Tensor,
+    factor: Tensor,
+    scale: Tensor,
+    zero_point: Tensor,
+    group_of: Tensor,
+    pruned: Tensor | None,
+    lowest: int,
+    highest: int,
+    block_columns: int,
+) -> tuple[Tensor, float]:
+    """The same as :func:`workers.solvers.compiled.quantize_columns`, for devices other than the CPU."""
+    rows, columns = weight.shape
+    codes = torch.empty((rows, columns), dtype=torch.int8, device=weight.device)
+    scales, zeros = scale[:, group_of], zero_point.to(torch.float32)[:, group_of]
+    diagonal = factor.diagonal()
+    squared_error = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for first in range(0, columns, block_columns):
+        last = min(first + block_columns, columns)
+        errors = torch.empty((rows, last - first), dtype=torch.float32, device=weight.device)
+        for column in range(first, last):
+            value, offset = weight[:, column], zeros[:, column]
+            code = torch.round(value / scales[:, column]).add_(offset).clamp_(lowest, highest)
+            if pruned is not None:
+                code = torch.where(pruned[:, column], offset, code)
+            codes[:, column] = code.to(torch.int8)
+            error = (value - (code - offset) * scales[:, column]) / diagonal[column]
+            errors[:, column - first] = error
+            weight[:, column + 1 : last].addr_(error, factor[column, column + 1 : last], alpha=-1.0)
+        weight[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1.0)
+        squared_error += errors.square().sum(dtype=torch.float64)
+    return codes, float(squared_error)

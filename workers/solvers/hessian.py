@@ -1,0 +1,86 @@
+"""The Hessian of a layer's input, XᵀX, and the factor of its inverse that second-order solvers use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Columns of a tile: XᵀX is symmetric, so only tiles on and above the diagonal are computed.
+TILE_COLUMNS = 256
+
+
+def accumulate(hessian: Tensor, inputs: Tensor) -> None:
+    """Add XᵀX to the upper triangle of ``hessian`` (float32, K × K), X being ``inputs`` (tokens × K).
+
+    Only the tiles on and above the diagonal are touched, about half of the products; :func:`symmetrize` fills in
+    the rest once all inputs are in.
+    """
+    columns = hessian.shape[0]
+    for first in range(0, columns, TILE_COLUMNS):
+        last = min(first + TILE_COLUMNS, columns)
+        hessian[first:last, first:].addmm_(inputs[:, first:last].T, inputs[:, first:])
+
+
+def symmetrize(hessian: Tensor) -> None:
+    """Copy the upper triangle of ``hessian`` to the lower one, in place."""
+    for first in range(0, hessian.shape[0], TILE_COLUMNS):
+        last = min(first + TILE_COLUMNS, hessian.shape[0])
+        hessian[first:last, first:last] = hessian[first:last, first:last].triu() + hessian[first:last, first:last].triu(1).T
+        hessian[last:, first:last] = hessian[first:last, last:].T
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """Upper triangular U with UᵀU = (H + damping)⁻¹, for columns in ``order``."""
+
+    order: Tensor  # int64, K
+    factor: Tensor  # float32, K × K
+    damping: float  # the fraction of the mean diagonal that was needed
+    num_dead_columns: int
+
+
+class NotPositiveDefiniteError(ArithmeticError):
+    """No damping up to the diagonal's own mean made the Hessian positive definite."""
+
+
+def inverse_factor(hessian: Tensor, *, act_order: bool, damping: float) -> InverseFactor:
+    """Factor the inverse of a damped Hessian (arXiv:2210.17323, step 3 of the algorithm).
+
+    Damping starts at ``damping`` times the mean of the diagonal and grows tenfold until the Cholesky factorization
+    succeeds. Columns whose input was always zero get a diagonal of their own: nothing is known of them, so they
+    neither give nor take compensation.
+
+    Raises:
+        NotPositiveDefiniteError: Even a damping of 1 did not suffice, or the Hessian is not finite.
+    """
+    diagonal = hessian.diagonal()
+    if not bool(torch.isfinite(diagonal).all()):
+        raise NotPositiveDefiniteError("the Hessian has values that are not finite")
+    columns = hessian.shape[0]
+    dead = diagonal == 0
+    mean = diagonal.mean()
+    if bool(dead.all()):
+        mean = torch.ones_like(mean)
+    order = (
+        torch.argsort(diagonal, descending=True, stable=True)
+        if act_order
+        else torch.arange(columns, device=hessian.device)
+    )
+    # U is the inverse of R in H = R·Rᵀ, R upper triangular: the Cholesky factor of H with rows and columns reversed.
+    # That is one factorization and one triangular inverse, where inverting H first would be three times the work.
+    backwards = order.flip(0)
+    reversed_hessian = hessian[backwards][:, backwards]
+    reversed_dead = dead[backwards]
+    fraction = damping
+    while fraction <= 1.0:
+        damped = reversed_hessian.clone()
+        damped.diagonal().add_(mean * fraction + reversed_dead * mean)
+        lower, info = torch.linalg.cholesky_ex(damped)
+        if int(info) == 0:
+            identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)
+            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+            return InverseFactor(order, inverse.flip(0, 1).contiguous(), fraction, int(dead.sum()))
+        fraction *= 10.0
+    raise NotPositiveDefiniteError("the Hessian is not positive definite at any damping up to 1")

@@ -1,0 +1,135 @@
+"""Integer grids: choose scales, round weights to codes, and turn codes back into weights.
+
+A weight is rows × columns (out_features × in_features). Columns are cut into groups of ``group_size``; each row
+has one scale, and one zero-point if not symmetric, for each group: value = (code − zero_point) · scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.solvers import compiled
+
+# Shrinking factors tried for each scale. Below about half the range, clipping costs more than it gains at 4 bits.
+NUM_CLIP_STEPS = 24
+SMALLEST_CLIP = 0.5
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Which codes there are, and which columns share a scale."""
+
+    num_bits: int
+    group_size: int
+    symmetric: bool
+    scale_dtype: torch.dtype = torch.float32
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code; codes are signed, as compressed-tensors stores them."""
+        return -(1 << (self.num_bits - 1))
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return (1 << (self.num_bits - 1)) - 1
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Codes of a weight, with what turns them back."""
+
+    codes: Tensor  # int8, rows × columns
+    scale: Tensor  # float32 holding values of grid.scale_dtype, rows × groups
+    zero_point: Tensor  # int8, rows × groups; all zero when symmetric
+    grid: Grid
+
+    def dequantize(self) -> Tensor:
+        """The weight that the codes stand for: float32, rows × columns."""
+        rows, columns = self.codes.shape
+        codes = self.codes.view(rows, -1, self.grid.group_size).to(torch.float32)
+        values = (codes - self.zero_point.to(torch.float32).unsqueeze(-1)) * self.scale.unsqueeze(-1)
+        return values.view(rows, columns)
+
+
+def quantize_to_nearest(
+    weight: Tensor, grid: Grid, *, clip_search: bool, zeros: Tensor | None = None
+) -> QuantizedWeight:
+    """Round every weight (float32, rows × columns) to its nearest code.
+
+    ``zeros``, a boolean mask like ``weight``, says which weights are pruned and stay exactly zero.
+    """
+    scale, zero_point = choose_scales(weight, grid, clip_search=clip_search)
+    columns_scale = scale.repeat_interleave(grid.group_size, dim=1)
+    columns_zero = zero_point.to(torch.float32).repeat_interleave(grid.group_size, dim=1)
+    codes = torch.round(weight / columns_scale).add_(columns_zero).clamp_(grid.lowest, grid.highest)
+    if zeros is not None:
+        codes = torch.where(zeros, columns_zero, codes)
+    return QuantizedWeight(codes.to(torch.int8), scale, zero_point, grid)
+
+
+def choose_scales(
+    weight: Tensor, grid: Grid, *, clip_search: bool, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Scales (float32) and zero-points (int8) of every group, both rows × groups.
+
+    Without ``clip_search`` the grid covers each group's extremes. With it, smaller ranges are tried too and the one
+    with the least squared error wins, each column's error weighted by ``importance`` (float32, columns; the
+    diagonal of the Hessian). A symmetric grid has one more negative code than positive ones; the search also tries
+    negative scales, which put that code where the larger weights are.
+    """
+    rows, columns = weight.shape
+    groups = weight.reshape(rows, columns // grid.group_size, grid.group_size)
+    if importance is None:
+        importance = torch.ones(columns, dtype=torch.float32, device=weight.device)
+    if clip_search and weight.device.type == "cpu":
+        shrink = torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS)
+        return compiled.search_scales(
+            groups.contiguous(), importance.view(-1, grid.group_size), shrink, grid.lowest, grid.highest,
+            symmetric=grid.symmetric, scale_dtype=grid.scale_dtype,
+        )
+    if clip_search:
+        return _search_scales(groups, importance.view(1, -1, grid.group_size), grid)
+    return _scales_at(groups, grid, 1.0, negative=False)
+
+
+def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> tuple[Tensor, Tensor]:
+    """The grid that covers ``shrink`` times each group's range (groups: rows × groups × group_size)."""
+    if grid.symmetric:
+        scale = groups.abs().amax(dim=-1) * (2.0 * shrink / (grid.highest - grid.lowest))
+        if negative:
+            scale = -scale
+        scale = _as_stored(scale, grid.scale_dtype)
+        return scale, torch.zeros_like(scale, dtype=torch.int8)
+    low = groups.amin(dim=-1).clamp(max=0.0) * shrink
+    high = groups.amax(dim=-1).clamp(min=0.0) * shrink
+    scale = _as_stored((high - low) / (grid.highest - grid.lowest), grid.scale_dtype)
+    zero_point = torch.round(grid.lowest - low / scale).clamp_(grid.lowest, grid.highest)
+    return scale, zero_point.to(torch.int8)
+
+
+def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The scale as the file will hold it, so that codes are chosen for the value that is read back."""
+    stored = scale.to(dtype).to(torch.float32)
+    # A group of zeros, or one too small for the dtype: any scale gives codes of zero.
+    return torch.where(stored.abs() < torch.finfo(dtype).tiny, torch.ones_like(stored), stored)
+
+
+def _search_scales(groups: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The same search as :func:`compiled.search_scales`, for devices other than the CPU."""
+    best_scale, best_zero = _scales_at(groups, grid, 1.0, negative=False)
+    best_error = torch.full_like(best_scale, torch.inf)
+    for shrink in torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS).tolist():
+        for negative in (False, True) if grid.symmetric else (False,):
+            scale, zero_point = _scales_at(groups, grid, shrink, negative=negative)
+            offset = zero_point.to(torch.float32).unsqueeze(-1)
+            codes = torch.round(groups / scale.unsqueeze(-1)).add_(offset).clamp_(grid.lowest, grid.highest)
+            error = ((codes - offset) * scale.unsqueeze(-1) - groups).square_().mul_(importance).sum(dim=-1)
+            better = error < best_error
+            best_error = torch.where(better, error, best_error)
+            best_scale = torch.where(better, scale, best_scale)
+            best_zero = torch.where(better, zero_point, best_zero)
+    return best_scale, best_zero
