@@ -1,0 +1,143 @@
+"""One server process: started so that it ends with its parent, watched, stopped in order."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from app.embedded.account import Account
+from app.embedded.errors import LocalServersError
+
+START_SECONDS = 60.0
+MAX_LOG_BYTES = 10 * 1024 * 1024
+
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+class ServerProcess:
+    """A running server that belongs to this process."""
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str | os.PathLike[str]],
+        *,
+        account: Account,
+        log: Path,
+        stop_signal: signal.Signals,
+    ) -> None:
+        self.name = name
+        self.log = log
+        self._stop_signal = stop_signal
+        if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
+            log.replace(log.with_suffix(".old.log"))
+        with log.open("ab") as output:
+            log.chmod(0o600)
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd="/",
+                env=_environment(),
+                start_new_session=True,  # Ctrl-C reaches us, and we stop the servers last
+                # noqa below: the one hook that runs after the change of user, which clears the wish it makes
+                preexec_fn=_end_with_parent(stop_signal),  # noqa: PLW1509
+                **account.as_user(),
+            )
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def running(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def wait_until(self, answers: Callable[[], bool]) -> None:
+        """Return when ``answers()``; raise when the process ends first or takes too long."""
+        deadline = time.monotonic() + START_SECONDS
+        while True:
+            ended = not self.running
+            if not ended and answers():
+                return
+            if ended or time.monotonic() > deadline:
+                reason = f"ended with status {self._process.returncode}" if ended else "does not answer"
+                raise LocalServersError(f"{self.name} {reason}; its log {self.log} ends with:\n{log_tail(self.log)}")
+            time.sleep(0.02)
+
+    def stop(self) -> None:
+        """Ask it to end in good order, insist after a while, return when it has ended."""
+        for number, seconds in ((self._stop_signal, 20), (signal.SIGQUIT, 5), (signal.SIGKILL, None)):
+            if not self.running:
+                return
+            self._process.send_signal(number)
+            try:
+                self._process.wait(seconds)
+            except subprocess.TimeoutExpired:
+                continue
+
+
+def stop_leftover(pid_file: Path, folder: Path, stop_signal: signal.Signals) -> None:
+    """End a server that outlived a killed parent, and remove its pid file, which may name a stranger by now.
+
+    A leftover is recognized by working in ``folder``, where no other program works.
+    """
+    try:
+        pid = int(pid_file.read_text().split()[0])
+    except (FileNotFoundError, ValueError, IndexError):
+        return
+    try:
+        process = psutil.Process(pid)
+        if Path(process.cwd()) == folder.resolve():
+            process.send_signal(stop_signal)
+            try:
+                process.wait(20)
+            except psutil.TimeoutExpired:
+                process.kill()
+                process.wait(5)
+    except psutil.NoSuchProcess:
+        pass
+    except psutil.AccessDenied:
+        pass  # a stranger's process: ours run under an account that we may look at
+    pid_file.unlink(missing_ok=True)
+
+
+def log_tail(log: Path, num_lines: int = 15) -> str:
+    """The last lines of a server's log."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 8192))
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-num_lines:])
+    except OSError as error:
+        return f"(unreadable: {error})"
+
+
+def _end_with_parent(stop_signal: signal.Signals) -> Callable[[], None]:
+    """What the child does before it becomes the server: ask the kernel for a signal when its parent dies.
+
+    The kernel counts the thread that started it as the parent: start servers from one that lives on.
+    """
+    parent = os.getpid()
+
+    def ask() -> None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(stop_signal), 0, 0, 0)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    return ask
+
+
+def _environment() -> dict[str, str]:
+    # A user's PG… variables configure clients; here they would change the server.
+    return {"PATH": os.environ.get("PATH", os.defpath), "LC_ALL": "C", "TZ": "UTC"}
