@@ -49,7 +49,7 @@ class ServerProcess:
                 cwd="/",
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C reaches us, and we stop the servers last
-                # noqa below: the one hook that runs after the change of user, which clears the wish it makes
+                # The one hook that runs after the change of user, which would clear the wish that it makes.
                 preexec_fn=_end_with_parent(stop_signal),  # noqa: PLW1509
                 **account.as_user(),
             )
