@@ -1,0 +1,96 @@
+"""The Celery instance. Its messages are wake-ups, never the truth: losing or repeating one changes nothing.
+
+A task acknowledges before it works, keeps no result, and claims its job from the database.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from typing import Any
+
+from celery import Celery
+from kombu.exceptions import OperationalError
+from redis.exceptions import RedisError
+
+from app.settings import Settings, get_settings
+
+logger = logging.getLogger(__name__)
+
+TASK_NAME = "attar.work"
+
+# What a broker that is down, hangs or refuses raises.
+BROKER_ERRORS = (OperationalError, RedisError, OSError)
+
+
+def _configuration() -> dict[str, Any]:
+    return {
+        "broker_url": get_settings().redis_url,
+        "broker_connection_retry_on_startup": True,
+        # A request that wakes a worker must not wait for a broker that is down.
+        "broker_transport_options": {
+            "max_retries": 1,
+            "interval_start": 0,
+            "interval_step": 0.1,
+            "interval_max": 0.1,
+            "socket_connect_timeout": 2,
+            "socket_timeout": 5,
+            "socket_keepalive": True,
+        },
+        "task_acks_late": False,
+        "task_ignore_result": True,
+        "task_serializer": "json",
+        "accept_content": ["json"],
+        # A busy worker must leave wake-ups to idle ones.
+        "worker_prefetch_multiplier": 1,
+        "worker_disable_prefetch": True,
+        # Nobody with access to the broker may revoke, terminate or reconfigure.
+        "worker_enable_remote_control": False,
+        "worker_hijack_root_logger": False,
+        "worker_redirect_stdouts": False,
+    }
+
+
+celery = Celery("attar", include=["workers.tasks"])
+celery.add_defaults(_configuration)
+
+
+def connect(settings: Settings) -> None:
+    """Use the broker of ``settings`` rather than the environment's."""
+    celery.conf.broker_url = settings.required_redis_url
+
+
+def wake(queue: str) -> bool:
+    """Tell one worker of ``queue`` that a job waits; False, and a line in the log, when the broker is down.
+
+    The dispatcher tells again, so no caller has to care.
+    """
+    try:
+        celery.send_task(TASK_NAME, args=[queue], queue=queue, retry=False, ignore_result=True)
+    except BROKER_ERRORS as error:
+        logger.warning("cannot reach the broker to wake queue %s: %s", queue, error)
+        return False
+    return True
+
+
+def num_waiting(queue: str) -> int:
+    """Wake-ups that no worker has taken yet. Raises one of BROKER_ERRORS."""
+    with celery.pool.acquire(block=True, timeout=5) as connection:
+        return int(connection.default_channel.client.llen(queue))
+
+
+def run_worker(queue: str) -> None:
+    """Be a worker of ``queue`` until SIGTERM. The work itself happens in other processes, so one thread is enough."""
+    celery.worker_main(
+        [
+            "worker",
+            "--pool=threads",
+            "--concurrency=1",
+            f"--queues={queue}",
+            f"--hostname=attar-{uuid.uuid4().hex[:8]}@%h",
+            f"--loglevel={get_settings().log_level}",
+            "--without-gossip",
+            "--without-mingle",
+            "--without-heartbeat",
+        ]
+    )
