@@ -15,6 +15,24 @@ Statistic = Literal["hessian"]
 
 SCHEME_BITS: dict[str, int] = {"W4A16": 4, "W8A16": 8}
 
+# Smaller groups would store more scale than code, and packed words hold eight 4-bit codes.
+SMALLEST_GROUP = 16
+GROUP_MULTIPLE = 8
+
+
+def usable_group_size(in_features: int, requested: int | None) -> int:
+    """The group size that a layer of ``in_features`` columns gets.
+
+    ``requested`` if it divides the layer, else the largest smaller divisor that the format allows, else one group
+    for the whole row; None asks for the latter.
+    """
+    if requested is None:
+        return in_features
+    for size in range(min(requested, in_features), SMALLEST_GROUP - 1, -1):
+        if in_features % size == 0 and (size % GROUP_MULTIPLE == 0 or size == in_features):
+            return size
+    return in_features
+
 
 class StageOptions(BaseModel):
     """Options that every stage has. A technique adds its own, and says what it is and what it needs."""

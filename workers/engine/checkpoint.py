@@ -1,0 +1,141 @@
+"""A checkpoint on disk, read a tensor at a time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from workers.errors import UserError
+
+_PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+class Checkpoint:
+    """The tensors of a validated folder of safetensors files.
+
+    Files are opened anew for each read, so that no mapping outlives its use and memory does not grow with the
+    checkpoint. Weights of an earlier compressed-tensors result are read back as float32.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._file_of: dict[str, Path] = {}
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    self._file_of[name] = path
+        self._schemes = _QuantizationSchemes(self.config.get("quantization_config"))
+
+    def names(self, prefix: str = "") -> list[str]:
+        """Names of stored tensors that begin with ``prefix``, sorted."""
+        return sorted(name for name in self._file_of if name.startswith(prefix))
+
+    def parameters(self, prefix: str = "") -> list[str]:
+        """Names of the parameters that the stored tensors stand for: a packed weight is one ``weight``."""
+        found = {self._parameter_of(name) for name in self.names(prefix)}
+        return sorted(name for name in found if name is not None)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is stored."""
+        with safe_open(self._file_of[name], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+            return tensor
+
+    def parameter(self, name: str) -> Tensor:
+        """A parameter in float32, dequantized where it is stored as codes.
+
+        Raises:
+            UserError: ``non_finite_weights`` where a value is NaN or infinite.
+        """
+        module = name.removesuffix(".weight")
+        if self._schemes and name.endswith(".weight") and self._is_quantized(module):
+            tensor = self._schemes.decompress(module, self._stored_with_prefix(module))
+        else:
+            tensor = self.stored(name)
+        tensor = tensor.to(torch.float32)
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(
+                "non_finite_weights",
+                f"The tensor {name} holds values that are not finite.",
+                param="model.id",
+                hint="The checkpoint is damaged; fetch or save it again.",
+            )
+        return tensor
+
+    def as_stored(self, name: str) -> Tensor:
+        """A parameter in the type of the checkpoint, dequantized where it is stored as codes."""
+        if name in self._file_of and not self._is_quantized(name.removesuffix(".weight")):
+            return self.stored(name)
+        return self.parameter(name).to(self.stored_dtype(name))
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The floating-point type of a parameter: of its values, or of its scales where it is stored as codes."""
+        module = name.removesuffix(".weight")
+        stored = f"{module}.weight_scale" if f"{module}.weight_scale" in self._file_of else name
+        with safe_open(self._file_of[stored], framework="pt") as file:
+            dtype: torch.dtype = file.get_slice(stored)[:0].dtype
+            return dtype
+
+    def _is_quantized(self, module: str) -> bool:
+        return f"{module}.weight_scale" in self._file_of
+
+    def _stored_with_prefix(self, module: str) -> dict[str, Tensor]:
+        prefix = module + "."
+        return {name.removeprefix(prefix): self.stored(name) for name in self.names(prefix + "weight")}
+
+    def _parameter_of(self, name: str) -> str | None:
+        module, _, last = name.rpartition(".")
+        if last in _PACKED_SUFFIXES:
+            return f"{module}.weight"
+        return name
+
+
+class _QuantizationSchemes:
+    """The quantization that a checkpoint's config.json describes."""
+
+    def __init__(self, description: dict[str, Any] | None) -> None:
+        self._config = None
+        if description is None:
+            return
+        from compressed_tensors.quantization import QuantizationConfig
+
+        if description.get("quant_method") != "compressed-tensors":
+            raise UserError(
+                "unsupported_quantization",
+                f"The model is already quantized by {description.get('quant_method')!r}.",
+                param="model.id",
+                hint="Give the original checkpoint, or an earlier compressed-tensors result.",
+            )
+        self._config = QuantizationConfig.model_validate(
+            {key: value for key, value in description.items() if key != "sparsity_config"}
+        )
+
+    def __bool__(self) -> bool:
+        return self._config is not None
+
+    def decompress(self, module: str, stored: dict[str, Tensor]) -> Tensor:
+        """The float32 weight of ``module``."""
+        from compressed_tensors.compressors import BaseCompressor
+        from compressed_tensors.utils import match_name
+
+        assert self._config is not None
+        stored["weight_scale"] = stored["weight_scale"].to(torch.float32)
+        for scheme in self._config.config_groups.values():
+            if any(target == "Linear" or match_name(module, target) for target in scheme.targets):
+                compressor = BaseCompressor.get_value_from_registry(scheme.format or self._config.format)
+                weight: Tensor = compressor.decompress(stored, scheme)["weight"]
+                return weight
+        raise UserError(
+            "unsupported_quantization",
+            f"config.json does not say how {module} is quantized.",
+            param="model.id",
+            hint="Give the original checkpoint.",
+        )
+
+

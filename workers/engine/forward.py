@@ -1,0 +1,67 @@
+"""Forward passes that stop at chosen layers and go on later.
+
+A linear layer can be compressed the moment its input is complete for the whole calibration text and before its
+output is computed. So every batch runs the model's own forward up to that layer and waits there; when the layer has
+been compressed, all of them go on with the new weight. One pass of each block both gathers and propagates, in true
+sequential order, and the model's own code decides masks, positions and everything else. Each waiting pass is a
+greenlet: a stack of its own, resumed where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import greenlet
+from torch import Tensor, nn
+
+
+@dataclass
+class Stop:
+    """Where a pass waits, and the input that it brought there."""
+
+    name: str
+    inputs: Tensor
+
+
+class ForwardPass:
+    """One batch on its way through a model whose hooks were set by :func:`stop_before`."""
+
+    def __init__(self, model: nn.Module, input_ids: Tensor) -> None:
+        self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, use_cache=False).logits)
+
+    def advance_to(self, name: str) -> Tensor:
+        """Go on to the stop called ``name``, past any other, and return the input there."""
+        while True:
+            reached: Stop | Tensor = self._greenlet.switch()
+            assert isinstance(reached, Stop), f"the pass ended before {name}: is its place in the table right?"
+            if reached.name == name:
+                return reached.inputs
+
+    def finish(self) -> Tensor:
+        """Go on to the end, past any stop, and return the logits: batch × tokens × vocabulary."""
+        while True:
+            reached: Stop | Tensor = self._greenlet.switch()
+            if isinstance(reached, Tensor):
+                return reached
+
+    def abandon(self) -> None:
+        """End the pass where it waits and free what it holds."""
+        if self._greenlet:
+            self._greenlet.throw()
+
+
+def stop_before(modules: Iterable[tuple[str, nn.Module]]) -> list[Any]:
+    """Make passes stop before each of the named modules; returns the hooks' handles."""
+    return [module.register_forward_pre_hook(_Pause(name)) for name, module in modules]
+
+
+class _Pause:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        hub = greenlet.getcurrent().parent
+        if hub is not None:
+            hub.switch(Stop(self._name, arguments[0]))

@@ -1,0 +1,57 @@
+"""One linear layer on its way through the stages of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.engine.statistics import InputStatistics
+from workers.solvers.quantization import Grid, QuantizedWeight
+from workers.techniques.options import QuantizationOptions, usable_group_size
+
+
+@dataclass
+class Layer:
+    """A weight and what the stages made of it so far."""
+
+    name: str  # of the module, as in the checkpoint
+    weight: Tensor  # float32, out_features × in_features
+    stored_dtype: torch.dtype
+    input_statistics: InputStatistics | None = None
+    zeros: Tensor | None = None  # boolean, like weight: pruned, and to stay zero
+    quantized: QuantizedWeight | None = None
+    fallbacks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def statistics(self) -> InputStatistics:
+        """What calibration gathered; only for techniques that declare that they need it."""
+        assert self.input_statistics is not None
+        return self.input_statistics
+
+    def grid(self, options: QuantizationOptions) -> Grid:
+        """The codes that ``options`` ask for, with a group size that this layer can have."""
+        in_features = self.weight.shape[1]
+        size = usable_group_size(in_features, options.group_size)
+        if options.group_size is not None and size != options.group_size:
+            self.fall_back(
+                "group_size", f"group size {size}: {options.group_size} does not divide its {in_features} columns"
+            )
+        return Grid(options.num_bits, size, options.symmetric, self.stored_dtype)
+
+    def prune(self, mask: Tensor) -> None:
+        """Set the weights under ``mask`` to zero, for good."""
+        self.zeros = mask if self.zeros is None else self.zeros | mask
+        self.weight = torch.where(self.zeros, 0.0, self.weight)
+
+    def fall_back(self, code: str, message: str) -> None:
+        """Note for the report that this layer got something else than what was asked for."""
+        self.fallbacks.append({"layer": self.name, "code": code, "message": message})
+
+    def effective_weight(self) -> Tensor:
+        """The weight that the artifact will compute with, in float32."""
+        if self.quantized is not None:
+            return self.quantized.dequantize()
+        return self.weight.to(self.stored_dtype).to(torch.float32)

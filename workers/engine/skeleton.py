@@ -1,0 +1,107 @@
+"""A model without weights, whose parts are filled and emptied as the stream passes through it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from workers.architectures import Architecture
+from workers.engine.checkpoint import Checkpoint
+from workers.errors import UserError
+
+
+class Skeleton:
+    """The model of a checkpoint on the meta device; parts of it are real while they are loaded."""
+
+    def __init__(self, checkpoint: Checkpoint, architecture: Architecture, device: torch.device) -> None:
+        self.checkpoint = checkpoint
+        self.architecture = architecture
+        self.device = device
+        self.model = _empty_model(checkpoint.folder)
+        self._move_buffers()
+
+    @property
+    def num_blocks(self) -> int:
+        """How many decoder blocks there are."""
+        return len(self.model.get_submodule(self.architecture.blocks))
+
+    def block_name(self, index: int) -> str:
+        """Name of a decoder block: ``model.layers.12``."""
+        return f"{self.architecture.blocks}.{index}"
+
+    def module(self, name: str) -> nn.Module:
+        """A part of the model by name."""
+        module: nn.Module = self.model.get_submodule(name)
+        return module
+
+    def load(self, prefix: str) -> None:
+        """Read every parameter of the module ``prefix`` from the checkpoint, in float32.
+
+        Raises:
+            UserError: ``checkpoint_mismatch`` where one is missing or of another shape.
+        """
+        for name, parameter in self.module(prefix).named_parameters():
+            full_name = f"{prefix}.{name}"
+            self.assign(full_name, self._read(full_name, parameter.shape))
+
+    def load_head(self) -> None:
+        """Load the output head, which may be the embedding's matrix."""
+        name = f"{self.architecture.head}.weight"
+        tied = bool(self.model.config.get_text_config().tie_word_embeddings)
+        source = f"{self.architecture.embedding}.weight" if tied else name
+        self.assign(name, self._read(source, self.model.get_parameter(name).shape))
+        bias = f"{self.architecture.head}.bias"
+        if bias in self.checkpoint.parameters(self.architecture.head):
+            self.assign(bias, self._read(bias, self.model.get_parameter(bias).shape))
+
+    def unload(self, prefix: str) -> None:
+        """Give back the memory of the module ``prefix``."""
+        for name, parameter in self.module(prefix).named_parameters():
+            self.assign(f"{prefix}.{name}", torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
+
+    def assign(self, name: str, tensor: Tensor) -> None:
+        """Make ``tensor`` the parameter ``name``."""
+        module_name, _, parameter_name = name.rpartition(".")
+        module = self.module(module_name)
+        setattr(module, parameter_name, nn.Parameter(tensor, requires_grad=False))
+
+    def _read(self, name: str, shape: torch.Size) -> Tensor:
+        try:
+            tensor = self.checkpoint.parameter(name)
+        except KeyError:
+            raise UserError(
+                "checkpoint_mismatch",
+                f"The checkpoint has no tensor {name}, which its config.json calls for.",
+                param="model.id",
+                hint="Save the model again with transformers' save_pretrained.",
+            ) from None
+        if tensor.shape != shape:
+            raise UserError(
+                "checkpoint_mismatch",
+                f"The tensor {name} has shape {list(tensor.shape)}; its config.json calls for {list(shape)}.",
+                param="model.id",
+                hint="config.json belongs to another checkpoint; put the right one beside the weights.",
+            )
+        return tensor.to(self.device)
+
+    def _move_buffers(self) -> None:
+        """Rotary frequencies and the like are computed from the config, not stored."""
+        for module in self.model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self.device))
+
+
+def _empty_model(folder: Path) -> Any:  # noqa: ANN401 - whatever class of transformers the config names
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if getattr(config, "quantization_config", None) is not None:
+        del config.quantization_config
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
+        )
+    return model.eval()

@@ -1,0 +1,91 @@
+"""compressed-tensors: integer codes with scales, as transformers and vLLM read them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor
+
+from workers.recipe import Packing
+from workers.solvers.quantization import Grid, QuantizedWeight
+
+
+def encode(quantized: QuantizedWeight, packing: Packing) -> dict[str, Tensor]:
+    """The tensors that stand for one layer's weight, by their names within the layer.
+
+    Raises:
+        ValueError: The layer's codes do not survive the packing, which would be a defect of ours or of the library.
+    """
+    scheme = _scheme(quantized.grid, quantized.codes.shape[1], packing)
+    compressor = BaseCompressor.get_value_from_registry(packing)
+    state = {
+        "weight": quantized.dequantize(),
+        "weight_scale": quantized.scale,
+        "weight_zero_point": quantized.zero_point,
+    }
+    encoded: dict[str, Tensor] = compressor.compress(state, scheme)
+    if not torch.equal(compressor.decompress(encoded, scheme)["weight"], state["weight"]):
+        raise ValueError("the packed codes do not give back the weight")
+    encoded["weight_scale"] = quantized.scale.to(quantized.grid.scale_dtype)
+    return encoded
+
+
+def quantization_config(layers: Mapping[str, tuple[Grid, int]], linear_layers: list[str], packing: Packing) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    ``layers`` gives the grid and the number of input columns of each quantized layer; ``linear_layers`` names every
+    linear layer of the model, of which the others are listed as ignored.
+    """
+    by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}
+    for name, (grid, in_features) in layers.items():
+        scheme = _scheme(grid, in_features, packing)
+        by_scheme.setdefault(scheme.model_dump_json(), (scheme, []))[1].append(name)
+    groups = {}
+    for number, (scheme, names) in enumerate(by_scheme.values()):
+        # "Linear" is what every loader knows; a second scheme has to name its layers.
+        targets = ["Linear"] if len(by_scheme) == 1 else _patterns(names)
+        groups[f"group_{number}"] = scheme.model_copy(update={"targets": targets}).model_dump(mode="json")
+    return {
+        "quant_method": "compressed-tensors",
+        "version": version("compressed-tensors"),
+        "format": packing,
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": sorted(set(linear_layers) - set(layers)),
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+    }
+
+
+def _scheme(grid: Grid, in_features: int, packing: Packing) -> QuantizationScheme:
+    whole_row = grid.group_size == in_features
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=QuantizationArgs(
+            num_bits=grid.num_bits,
+            type="int",
+            symmetric=grid.symmetric,
+            strategy="channel" if whole_row else "group",
+            group_size=None if whole_row else grid.group_size,
+        ),
+        format=packing,
+    )
+
+
+def _patterns(names: list[str]) -> list[str]:
+    """Regular expressions that match these layers: block numbers that share the rest of a name become one."""
+    numbers: dict[tuple[str, str], list[str]] = {}
+    for name in names:
+        match = re.fullmatch(r"(.*?\.)(\d+)(\..*)", name)
+        key = (match[1], match[3]) if match else (name, "")
+        numbers.setdefault(key, []).append(match[2] if match else "")
+    return [
+        f"re:^{re.escape(before)}({'|'.join(found)}){re.escape(after)}$" if after else f"re:^{re.escape(before)}$"
+        for (before, after), found in numbers.items()
+    ]

@@ -1,0 +1,175 @@
+"""From a fetched model to an artifact: load, stages, export. Reads downwards."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from workers.architectures import Architecture, architecture_of
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.device import compute_device
+from workers.engine.skeleton import Skeleton
+from workers.engine.stream import Stream, Streamed
+from workers.engine.text import calibration_samples, read_documents, tokenize
+from workers.errors import UserError
+from workers.formats import compressed_tensors
+from workers.formats.parts import Parts, write_json
+from workers.recipe import Recipe
+
+Emit = Callable[[dict[str, Any]], None]
+
+# Tokens whose logits the artifact has to give again.
+NUM_PROBE_TOKENS = 64
+# What an artifact takes over from the source beside its weights and config.json.
+COMPANION_FILES = (
+    "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
+    "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*",
+)  # fmt: skip
+
+
+def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
+    """Run the recipe of ``request`` on ``{work}/source`` and leave ``{work}/artifact`` and ``{work}/compressed.json``.
+
+    Also leaves ``{work}/probe.safetensors``: token ids, and the logits that the artifact has to give on them.
+    """
+    recipe = Recipe.model_validate(request["recipe"])
+    torch.manual_seed(recipe.seed)
+    emit({"event": "progress", "fraction": 0.0, "stage": 0, "step": "load"})
+    emit({"event": "stage", "index": 0, "status": "running", "metrics": {}})
+    checkpoint = Checkpoint(work / "source" / "model")
+    architecture = architecture_of(checkpoint.config)
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    calibration = _calibration(work, recipe, tokenizer, emit)
+    probe = tokenize(
+        tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"
+    )[:NUM_PROBE_TOKENS]
+    skeleton = Skeleton(checkpoint, architecture, compute_device())
+    parts = Parts(work / "parts")
+
+    def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
+        emit(
+            {"event": "progress", "fraction": 0.98 * fraction, "stage": len(recipe.stages) - 1, "step": step,
+             "block": block, "num_blocks": num_blocks}
+        )  # fmt: skip
+
+    for index in range(1, len(recipe.stages)):
+        emit({"event": "stage", "index": index, "status": "running", "metrics": {}})
+    streamed = Stream(skeleton, recipe, parts, progress).run(calibration, probe)
+    emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
+    parts.write("rest", _rest(checkpoint, architecture))
+    _export(work / "artifact", checkpoint, architecture, recipe, request, streamed, parts)
+    save_file(
+        {"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors"
+    )
+    stages = [_stage_report(recipe, index, streamed) for index in range(len(recipe.stages))]
+    write_json(
+        work / "compressed.json",
+        {
+            "stages": stages,
+            "fallbacks": streamed.fallbacks,
+            "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
+            "num_calibration_tokens": 0 if calibration is None else calibration.numel(),
+        },
+    )
+    for index, stage in enumerate(stages):
+        emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
+
+
+def _calibration(work: Path, recipe: Recipe, tokenizer: Any, emit: Emit) -> Tensor | None:  # noqa: ANN401
+    """Samples × tokens, or None where no stage needs them."""
+    if not recipe.statistics:
+        return None
+    wanted = recipe.calibration
+    ids = tokenize(
+        tokenizer, read_documents(work / "source" / "calibration.jsonl"), param="recipe.calibration.dataset"
+    )
+    samples = calibration_samples(ids, wanted.num_samples, wanted.max_seq_length, recipe.seed)
+    if samples.numel() < wanted.num_samples * wanted.max_seq_length:
+        emit(
+            {
+                "event": "warning",
+                "code": "short_calibration",
+                "message": f"The calibration text gives {samples.shape[0]} samples of {samples.shape[1]} tokens; "
+                f"{wanted.num_samples} of {wanted.max_seq_length} were asked for.",
+                "param": "recipe.calibration",
+            }
+        )
+    return samples
+
+
+def _rest(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tensor]:
+    """What is stored outside the blocks; a head that is tied to the embedding is stored once."""
+    tied = checkpoint.config.get("tie_word_embeddings", False)
+    return {
+        name: checkpoint.as_stored(name)
+        for name in checkpoint.parameters()
+        if not name.startswith(architecture.blocks + ".") and not (tied and name.startswith(architecture.head + "."))
+    }
+
+
+def _export(
+    folder: Path,
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    recipe: Recipe,
+    request: dict[str, Any],
+    streamed: Streamed,
+    parts: Parts,
+) -> None:
+    """Write the artifact's weights, config, tokenizer and resolved recipe."""
+    if not any(streamed.metrics):
+        raise UserError(
+            "nothing_to_compress",
+            "Every linear layer is on the ignore list, so nothing was changed.",
+            param="recipe.stages",
+            hint="Shorten `ignore`.",
+        )
+    folder.mkdir()
+    parts.assemble(folder)
+    config = {key: value for key, value in checkpoint.config.items() if key not in {"quantization_config", "auto_map"}}
+    if streamed.grids:
+        assert recipe.output.packing is not None
+        linear = [
+            f"{architecture.blocks}.{block}.{name}"
+            for block in range(int(config["num_hidden_layers"]))
+            for name in architecture.linear_layers
+        ]
+        config["quantization_config"] = compressed_tensors.quantization_config(
+            streamed.grids, [*linear, architecture.head], recipe.output.packing
+        )
+    write_json(folder / "config.json", config)
+    for pattern in COMPANION_FILES:
+        for path in sorted(checkpoint.folder.glob(pattern)):
+            shutil.copyfile(path, folder / path.name)
+    source = json.loads((folder.parent / "source" / "model.json").read_text(encoding="utf-8"))
+    write_json(
+        folder / "recipe.json",
+        {
+            "model": {"id": request["model"]["id"], "revision": source["revision"]},
+            "recipe": recipe.model_dump(mode="json"),
+            "data": json.loads((folder.parent / "source" / "data.json").read_text(encoding="utf-8")),
+        },
+    )
+
+
+def _stage_report(recipe: Recipe, index: int, streamed: Streamed) -> dict[str, Any]:
+    """What the report says of a stage: totals for people, each layer for who looks closer."""
+    layers = streamed.metrics[index]
+    errors = [layer["relative_error"] for layer in layers.values() if "relative_error" in layer]
+    metrics: dict[str, Any] = {"num_layers": len(layers)}
+    if errors:
+        metrics["mean_relative_error"] = sum(errors) / len(errors)
+    return {
+        "technique": recipe.stages[index].model_dump()["technique"],
+        "metrics": metrics,
+        "fallbacks": streamed.fallbacks,
+        "layers": layers,
+    }
