@@ -1,0 +1,123 @@
+"""What pydantic found wrong with a request, told in the words of the API: code, path, what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic_core import list_all_errors
+
+from workers.recipe import RecipeError
+from workers.techniques import TECHNIQUES
+
+_CODES = {
+    "extra_forbidden": "unknown_field",
+    "missing": "missing_field",
+    "union_tag_not_found": "missing_field",
+    "union_tag_invalid": "unknown_technique",
+    "json_invalid": "json_invalid",
+}
+_KNOWN = frozenset(str(kind["type"]) for kind in list_all_errors())
+# The kinds that say "this is another type", rather than "this value will not do".
+_TYPE_FAULTS = frozenset(kind for kind in _KNOWN if kind.endswith(("_type", "_parsing")))
+
+
+class Fault(BaseModel):
+    """One thing that is wrong with a request."""
+
+    code: str
+    detail: str
+    param: str | None
+    hint: str | None = None
+
+
+def faults_of(errors: Sequence[Mapping[str, Any]], body: object) -> list[Fault]:
+    """Every fault that ``errors`` (of pydantic, for the request's ``body``) tell of; at least one."""
+    found = [(_path(error["loc"], body, error["type"]), error) for error in errors]
+    # Where a value may have one of two forms, pydantic complains for both: keep what was meant, that is, drop
+    # "another type" where the other form has something better to say of the same value or of a part of it.
+    meant = [
+        (path, error)
+        for path, error in found
+        if not (
+            error["type"] in _TYPE_FAULTS
+            and any(other["type"] not in _TYPE_FAULTS and _is_or_is_in(other_path, path) for other_path, other in found)
+        )
+    ]
+    faults: list[Fault] = []
+    for path, error in meant or found:
+        fault = _fault(path, error)
+        if fault.param not in {other.param for other in faults}:
+            faults.append(fault)
+    return faults
+
+
+def _is_or_is_in(inner: Sequence[str | int], outer: Sequence[str | int]) -> bool:
+    return tuple(inner[: len(outer)]) == tuple(outer)
+
+
+def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
+    kind, context = error["type"], error.get("ctx") or {}
+    cause = context.get("error")
+    if kind == "json_invalid":
+        return Fault(code="json_invalid", detail=str(cause), param=None)
+    if isinstance(cause, RecipeError):
+        return Fault(code=cause.code, detail=_sentence(str(cause)), param=f"recipe.{cause.param}")
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        path = [*path, "technique"]
+    detail, hint = error["msg"].removeprefix("Value error, "), None
+    if kind == "union_tag_invalid":
+        detail = f"There is no technique {context['tag']!r}."
+        hint = "One of: " + ", ".join(sorted(TECHNIQUES)) + "."
+    elif kind == "union_tag_not_found":
+        detail, hint = "A stage names its technique.", "One of: " + ", ".join(sorted(TECHNIQUES)) + "."
+    elif kind == "extra_forbidden":
+        detail = f"There is no field {path[-1]!r} here."
+    elif kind == "missing":
+        detail = f"The field {path[-1]!r} is missing." if path else "The request has no body."
+    return Fault(code=_code(kind), detail=_sentence(detail), param=_written(path) or None, hint=hint)
+
+
+def _code(kind: str) -> str:
+    if kind in _CODES:
+        return _CODES[kind]
+    if kind in _TYPE_FAULTS:
+        return "invalid_type"
+    return "invalid_value" if kind in _KNOWN else kind  # a code of our own, by PydanticCustomError
+
+
+def _sentence(text: str) -> str:
+    text = text[:1].upper() + text[1:]
+    return text if text.endswith((".", "!", "?")) else text + "."
+
+
+def _path(location: Iterable[str | int], body: object, kind: str) -> list[str | int]:
+    """The part of a pydantic location that is there in the request: names of union members are left out."""
+    place, *steps = location
+    if place != "body":  # a query or header parameter: its name is its path
+        return list(steps)
+    path: list[str | int] = []
+    value: Any = body
+    for position, step in enumerate(steps):
+        is_last = position == len(steps) - 1
+        if _has(value, step):
+            value = value[step]
+        elif not (is_last and kind == "missing"):
+            continue
+        path.append(step)
+    return path
+
+
+def _has(value: object, step: str | int) -> bool:
+    if isinstance(value, Mapping):
+        return step in value
+    return isinstance(value, list) and isinstance(step, int) and step < len(value)
+
+
+def _written(path: Iterable[str | int]) -> str:
+    """``["recipe", "stages", 0, "scheme"]`` as ``recipe.stages[0].scheme``."""
+    text = ""
+    for step in path:
+        text += f"[{step}]" if isinstance(step, int) else f".{step}"
+    return text.removeprefix(".")
