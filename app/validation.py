@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from pydantic import BaseModel
-from pydantic_core import list_all_errors
+from pydantic_core.core_schema import ErrorType
 
 from workers.recipe import RecipeError
 from workers.techniques import TECHNIQUES
@@ -18,7 +18,7 @@ _CODES = {
     "union_tag_invalid": "unknown_technique",
     "json_invalid": "json_invalid",
 }
-_KNOWN = frozenset(str(kind["type"]) for kind in list_all_errors())
+_KNOWN = frozenset(get_args(ErrorType))
 # The kinds that say "this is another type", rather than "this value will not do".
 _TYPE_FAULTS = frozenset(kind for kind in _KNOWN if kind.endswith(("_type", "_parsing")))
 
