@@ -1,1 +1,1 @@
-"""Where models and texts come from: hub, folder, GGUF; checked before anything is loaded. Torch-free."""
+"""Where models and texts come from: hub, local folders, earlier jobs, GGUF files. Nothing here imports torch."""

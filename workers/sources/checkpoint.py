@@ -1,0 +1,205 @@
+"""What a checkpoint must hold, wherever its files are: on disk, on the hub or in the storage of artifacts."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from workers.errors import UserError
+from workers.sources.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_header
+
+MAX_JSON_BYTES = 64 * 1024 * 1024
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+MAX_SHARDS = 2_000
+
+CONFIG = "config.json"
+SINGLE_WEIGHTS = "model.safetensors"
+WEIGHTS_INDEX = "model.safetensors.index.json"
+
+# Any one of these sets is a tokenizer.
+TOKENIZERS = (
+    {"tokenizer.json"},
+    {"tokenizer.model"},
+    {"vocab.json", "merges.txt"},
+    {"vocab.txt"},
+    {"spiece.model"},
+    {"sentencepiece.bpe.model"},
+)
+# Nothing else is ever fetched or shown to a loader. Adapters are missing on purpose: loaders merge them unasked.
+COMPANIONS = frozenset().union(*TOKENIZERS) | {
+    CONFIG,
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+}
+
+_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+
+
+class FileSource(Protocol):
+    """Files of one folder, flat, with their sizes; any range of any of them can be read."""
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Sizes in bytes by name."""
+        ...
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        """At most ``length`` bytes of ``path`` from ``start``; fewer only at its end."""
+        ...
+
+
+@dataclass(frozen=True)
+class ArtifactFacts:
+    """An earlier job's artifact: its files' sizes, and how to read a range of one."""
+
+    files: Mapping[str, int]
+    read_file: Callable[[str, int, int], bytes]
+
+    def read(self, path: str, start: int, length: int) -> bytes:
+        """A range of an artifact's file."""
+        return self.read_file(path, start, length)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checked safetensors checkpoint: parsed config, tensors by name, and the files that make it up."""
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    shards: tuple[str, ...]
+    files: tuple[tuple[str, int], ...]
+
+
+def read_checkpoint(source: FileSource, *, num_threads: int = 1) -> Checkpoint:
+    """Check config, tokenizer and every safetensors header of ``source``.
+
+    Raises UserError: ``config_missing``, ``invalid_config``, ``tokenizer_missing``, ``weights_missing``,
+    ``pickle_only_model``, ``invalid_safetensors``.
+    """
+    config = read_config(source)
+    check_tokenizer(source.files)
+    shards, weight_map = _find_shards(source)
+    tensors = _read_headers(source, shards, weight_map, num_threads)
+    names = sorted({*(COMPANIONS & source.files.keys()), *shards, *([WEIGHTS_INDEX] if weight_map else [])})
+    return Checkpoint(config, tensors, shards, tuple((name, source.files[name]) for name in names))
+
+
+def read_config(source: FileSource) -> dict[str, Any]:
+    """The parsed ``config.json``; raises UserError ``config_missing`` or ``invalid_config``."""
+    if CONFIG not in source.files:
+        raise _refusal("config_missing", "The model has no config.json.", "Add the config.json that its loader needs.")
+    config = read_json(source, CONFIG, MAX_CONFIG_BYTES)
+    if not isinstance(config.get("model_type"), str):
+        raise _refusal("invalid_config", "config.json names no model_type.", "Write it with save_pretrained.")
+    names = config.get("architectures")
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise _refusal("invalid_config", "architectures in config.json is not a list of names.", "Correct it.")
+    return config
+
+
+def read_json(source: FileSource, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
+    """A JSON object from an untrusted file; raises UserError ``invalid_config``."""
+    hint = f"{name} must be a JSON object of at most {max_bytes} bytes."
+    if source.files[name] > max_bytes:
+        raise _refusal("invalid_config", f"{name} is too large.", hint)
+    try:
+        data = json.loads(source.read(name, 0, source.files[name]))
+    except (ValueError, RecursionError):
+        raise _refusal("invalid_config", f"{name} is not JSON.", hint) from None
+    if not isinstance(data, dict):
+        raise _refusal("invalid_config", f"{name} is not a JSON object.", hint)
+    return data
+
+
+def check_tokenizer(names: Iterable[str]) -> None:
+    """Raise UserError ``tokenizer_missing`` unless the files hold some tokenizer."""
+    present = set(names)
+    if not any(files <= present for files in TOKENIZERS):
+        raise _refusal(
+            "tokenizer_missing",
+            "The model has no tokenizer.",
+            "Add tokenizer.json (or tokenizer.model, or vocab.json with merges.txt) beside config.json.",
+        )
+
+
+def _find_shards(source: FileSource) -> tuple[tuple[str, ...], dict[str, str]]:
+    """The weight files, in the order of preference that loaders have, and the index if it decides."""
+    if SINGLE_WEIGHTS in source.files:
+        return (SINGLE_WEIGHTS,), {}
+    if WEIGHTS_INDEX in source.files:
+        weight_map = read_json(source, WEIGHTS_INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise _unsound("The index of the weights has no weight_map.")
+        # The value comes from the file: a name such as ../other.safetensors must not reach any open().
+        if not all(isinstance(shard, str) and _SHARD.fullmatch(shard) for shard in weight_map.values()):
+            raise _unsound("The index of the weights names a file outside the model's folder.")
+        shards = tuple(sorted(set(weight_map.values())))
+        if len(shards) > MAX_SHARDS:
+            raise _unsound(f"The index of the weights names more than {MAX_SHARDS} files.")
+        missing = [shard for shard in shards if shard not in source.files]
+        if missing:
+            raise _refusal(
+                "weights_missing",
+                f"{len(missing)} of {len(shards)} weight files are missing, among them {missing[0]}.",
+                "Copy every file that model.safetensors.index.json names.",
+            )
+        return shards, weight_map
+    if any(name.endswith(_PICKLES) for name in source.files):
+        raise _refusal(
+            "pickle_only_model",
+            "The model's weights are only there as Python pickles, which can run code when they are opened.",
+            "Convert them with save_pretrained(safe_serialization=True) and send safetensors.",
+        )
+    raise _refusal(
+        "weights_missing",
+        "The model has no model.safetensors and no model.safetensors.index.json.",
+        "Add the weights as safetensors; a GGUF file has to lie in a file: folder of its own.",
+    )
+
+
+def _read_headers(
+    source: FileSource, shards: tuple[str, ...], weight_map: dict[str, str], num_threads: int
+) -> dict[str, TensorInfo]:
+    def header(shard: str) -> tuple[dict[str, TensorInfo], int]:
+        def read(start: int, length: int) -> bytes:
+            return source.read(shard, start, length)
+
+        return read_header(read, source.files[shard], shard)
+
+    tensors: dict[str, TensorInfo] = {}
+    total_bytes = 0
+    with ThreadPoolExecutor(num_threads) as pool:
+        # A few shards at a time, so that the limit on all headers together stops a flood of large ones early.
+        for first in range(0, len(shards), num_threads):
+            batch = shards[first : first + num_threads]
+            for shard, (found, header_bytes) in zip(batch, pool.map(header, batch), strict=True):
+                total_bytes += header_bytes
+                if total_bytes > MAX_HEADER_BYTES:
+                    raise _unsound(f"The headers of the weight files exceed {MAX_HEADER_BYTES} bytes together.")
+                if found.keys() & tensors.keys():
+                    raise _unsound(f"{shard} holds a tensor that another weight file holds too.")
+                if any(weight_map.get(name, shard) != shard for name in found):
+                    raise _unsound(f"The index of the weights does not agree with what {shard} holds.")
+                tensors.update(found)
+    if not weight_map.keys() <= tensors.keys():
+        raise _unsound("The index of the weights names tensors that no weight file holds.")
+    if not tensors:
+        raise _refusal("weights_missing", "The weight files hold no tensor.", "Write the model's weights again.")
+    return tensors
+
+
+def _unsound(message: str) -> UserError:
+    return _refusal("invalid_safetensors", message, "Write the checkpoint again with save_pretrained.")
+
+
+def _refusal(code: str, message: str, hint: str) -> UserError:
+    return UserError(code, message, param="model.id", hint=hint)

@@ -1,0 +1,169 @@
+"""What is known of a model from its config and headers alone, before a single weight is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from workers.architectures import ARCHITECTURES, Architecture
+from workers.errors import UserError
+from workers.sources.safetensors_header import TensorInfo
+
+SourceFormat = Literal["safetensors", "gguf"]
+
+# compressed-tensors stores these beside a layer's codes; they are no parameters of the model.
+_BOOKKEEPING = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
+_PACKED = ".weight_packed"
+_MAX_DIMENSION = 2**24
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """A checked model. ``parameter_bytes`` counts every tensor at its stored dtype (bf16 for a GGUF source)."""
+
+    model_id: str
+    revision: str | None
+    config: dict[str, Any]
+    source_format: SourceFormat
+    files: tuple[tuple[str, int], ...]
+    parameter_bytes: int
+    num_parameters: int
+    source_file_bytes: int
+    linear_in_features: tuple[int, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON's form of it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> ModelFacts:
+        """The inverse of :meth:`to_dict`, also after a way through JSON."""
+        files = tuple((str(path), int(size)) for path, size in data["files"])
+        return cls(**{**data, "files": files, "linear_in_features": tuple(data["linear_in_features"])})
+
+
+def count_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int:
+    """The weights that the tensors stand for: packed codes count as the weights that they hold."""
+    total = 0
+    for name, tensor in tensors.items():
+        if name.endswith(_PACKED):
+            total += tensor.num_elements * _codes_a_word(config)
+        elif not name.endswith(_BOOKKEEPING):
+            total += tensor.num_elements
+    return total
+
+
+def linear_in_features(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
+    """The distinct input widths of the blocks' linear layers; empty for an architecture that is not in the table."""
+    row = _row(config)
+    if row is None:
+        return ()
+    widths = set()
+    for name, tensor in tensors.items():
+        if name.startswith(row.blocks + ".") and len(tensor.shape) == 2:
+            if name.endswith(_PACKED):
+                widths.add(tensor.shape[1] * _codes_a_word(config))
+            elif name.endswith(".weight"):
+                widths.add(tensor.shape[1])
+    return tuple(sorted(widths))
+
+
+def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    """Refuse a config that its weights contradict: a loader would allocate or invent what it claims.
+
+    Raises UserError ``invalid_config``, ``weights_missing`` or ``unsupported_quantization``.
+    """
+    quantization = config.get("quantization_config")
+    if quantization is not None:
+        _check_quantization(quantization)
+    row = _row(config)
+    if row is None:
+        return
+    for key in _SIZES:
+        value = config.get(key)
+        if type(value) is not int or not 1 <= value <= _MAX_DIMENSION:
+            raise _invalid(f"{key} in config.json is not a positive number of a sensible size")
+    embedding = tensors.get(f"{row.embedding}.weight")
+    if embedding is None:
+        raise _missing(f"{row.embedding}.weight")
+    if embedding.shape != (config["vocab_size"], config["hidden_size"]):
+        raise _invalid(
+            f"vocab_size and hidden_size in config.json do not fit {row.embedding}.weight of shape {embedding.shape}"
+        )
+    _check_blocks(row, config["num_hidden_layers"], tensors)
+    tied = config.get("tie_word_embeddings", False)
+    if not tied and f"{row.head}.weight" not in tensors and f"{row.head}{_PACKED}" not in tensors:
+        raise _missing(f"{row.head}.weight")
+
+
+def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, TensorInfo]) -> None:
+    index = re.compile(rf"{re.escape(row.blocks)}\.([0-9]{{1,8}})\.")
+    present = {int(match[1]) for name in tensors if (match := index.match(name))}
+    if len(present) != num_blocks or max(present, default=-1) != num_blocks - 1:
+        raise _invalid(f"num_hidden_layers in config.json is {num_blocks} and the weights hold {len(present)} blocks")
+    for block in range(num_blocks):
+        for layer in row.linear_layers:
+            name = f"{row.blocks}.{block}.{layer}"
+            tensor = tensors.get(f"{name}.weight") or tensors.get(f"{name}{_PACKED}")
+            if tensor is None:
+                raise _missing(f"{name}.weight")
+            if len(tensor.shape) != 2 or 0 in tensor.shape:
+                raise _invalid(f"{name} has the shape {tensor.shape}, not that of a linear layer")
+
+
+def _row(config: Mapping[str, Any]) -> Architecture | None:
+    names = config.get("architectures") or []
+    if names and not any(name.endswith("ForCausalLM") for name in names):
+        return None
+    return ARCHITECTURES.get(str(config.get("model_type")))
+
+
+def _codes_a_word(config: Mapping[str, Any]) -> int:
+    """Codes in one 32-bit word of ``weight_packed``."""
+    return 32 // _packed_bits(config.get("quantization_config"))
+
+
+def _packed_bits(quantization: object) -> int:
+    groups = quantization.get("config_groups") if isinstance(quantization, Mapping) else None
+    values = groups.values() if isinstance(groups, Mapping) else ()
+    weights = [group.get("weights") for group in values if isinstance(group, Mapping)]
+    bits = [weight.get("num_bits") for weight in weights if isinstance(weight, Mapping)]
+    if not bits or bits[0] not in (1, 2, 4, 8) or any(width != bits[0] for width in bits):
+        raise _unsupported("its packed weights do not all have one width of 1, 2, 4 or 8 bits")
+    return int(bits[0])
+
+
+def _check_quantization(quantization: object) -> None:
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
+    if method != "compressed-tensors":
+        raise _unsupported(f"it is already quantized with {str(method)[:40]!r}")
+
+
+def _unsupported(problem: str) -> UserError:
+    return UserError(
+        "unsupported_quantization",
+        f"The model cannot be read: {problem}.",
+        param="model.id",
+        hint="Start from the unquantized model, or from a compressed-tensors checkpoint with one scheme.",
+    )
+
+
+def _invalid(problem: str) -> UserError:
+    return UserError(
+        "invalid_config",
+        f"The model's config does not fit its weights: {problem}.",
+        param="model.id",
+        hint="Take config.json and the weights from the same save_pretrained.",
+    )
+
+
+def _missing(name: str) -> UserError:
+    return UserError(
+        "weights_missing",
+        f"The checkpoint lacks the tensor {name}.",
+        param="model.id",
+        hint="Write the whole model with save_pretrained; a loader would fill the gap with random numbers.",
+    )
