@@ -18,6 +18,7 @@ from app.embedded.binaries import find_binaries
 from app.embedded.errors import HomeInUseError, LocalServersError
 from app.embedded.postgres import EmbeddedPostgres
 from app.embedded.redis_server import EmbeddedRedis
+from app.files import write_private
 
 __all__ = ["HomeInUseError", "LocalServers", "LocalServersError", "ServerUrls", "running_servers", "start_servers"]
 
@@ -97,7 +98,7 @@ def start_servers(home: Path, *, temporary: bool = False) -> LocalServers:
         lock.close()
         raise
     servers = LocalServers(postgres, redis, home, lock, folder if temporary else None)
-    _write_private(home / "servers.json", json.dumps({"database_url": postgres.url, "redis_url": redis.url}))
+    write_private(home / "servers.json", json.dumps({"database_url": postgres.url, "redis_url": redis.url}))
     return servers
 
 
@@ -148,15 +149,7 @@ def _data_folder(home: Path, account: Account) -> Path:
         return folder
     name_file = home / "servers.name"
     if not name_file.exists():
-        _write_private(name_file, secrets.token_hex(8))
+        write_private(name_file, secrets.token_hex(8))
     folder = account.shared_folder / name_file.read_text()
     folder.mkdir(mode=0o711, exist_ok=True)
     return folder
-
-
-def _write_private(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.unlink(missing_ok=True)
-    partial.touch(mode=0o600)
-    partial.write_text(text)
-    partial.replace(path)

@@ -50,7 +50,7 @@ class ServerProcess:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C reaches us, and we stop the servers last
                 # The one hook that runs after the change of user, which would clear the wish that it makes.
-                preexec_fn=_end_with_parent(stop_signal),  # noqa: PLW1509
+                preexec_fn=end_with_parent(stop_signal),  # noqa: PLW1509
                 **account.as_user(),
             )
 
@@ -123,10 +123,10 @@ def log_tail(log: Path, num_lines: int = 15) -> str:
         return f"(unreadable: {error})"
 
 
-def _end_with_parent(stop_signal: signal.Signals) -> Callable[[], None]:
-    """What the child does before it becomes the server: ask the kernel for a signal when its parent dies.
+def end_with_parent(stop_signal: signal.Signals) -> Callable[[], None]:
+    """What a child does before it becomes another program: ask the kernel for a signal when its parent dies.
 
-    The kernel counts the thread that started it as the parent: start servers from one that lives on.
+    The kernel counts the thread that started it as the parent: start it from one that lives on.
     """
     parent = os.getpid()
 
