@@ -1,0 +1,190 @@
+"""Open the artifact afresh, hold it against what it has to be, measure it, and write the report."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from workers.engine.device import compute_device
+from workers.engine.text import read_documents, tokenize
+from workers.errors import CrashError, UserError
+from workers.evaluation.quality import measure, windows_of
+from workers.evaluation.size import measure_sparsity, weights_bytes
+from workers.evaluation.speed import measure_speed
+from workers.fingerprint import fingerprint
+from workers.formats.opening import LOAD_SNIPPET, Opened, open_checkpoint
+from workers.formats.parts import write_json
+from workers.model_card import model_card
+from workers.recipe import Recipe
+from workers.techniques import Magnitude
+
+Emit = Callable[[dict[str, Any]], None]
+
+# Logits of the reopened artifact may differ from the engine's by rounding alone, here as a fraction of the largest.
+LOGIT_TOLERANCE = 1e-3
+
+
+def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+    """Prove and measure ``{work}/artifact``; write its ``report.json`` and ``README.md``.
+
+    Returns ``result`` (what a job shows) and ``constraints_violated``.
+
+    Raises:
+        CrashError: ``artifact_mismatch`` or ``artifact_incomplete``: the artifact is not what was computed.
+        UserError: ``not_smaller``, ``zeros_missing`` or ``non_finite_evaluation``.
+    """
+    begin = time.perf_counter()
+    recipe = Recipe.model_validate(request["recipe"])
+    device = compute_device()
+
+    def progress(step: str, fraction: float) -> None:
+        emit({"event": "progress", "fraction": fraction, "stage": len(recipe.stages) - 1, "step": step})
+
+    source = json.loads((work / "source" / "model.json").read_text(encoding="utf-8"))
+    compressed = json.loads((work / "compressed.json").read_text(encoding="utf-8"))
+    progress("certify.open", 0.0)
+    artifact = open_checkpoint(work / "artifact", device)
+    _check_logits(artifact.model, work / "probe.safetensors")
+    size = _check_size(work / "artifact", source, recipe)
+    stages = _prove_zeros(artifact.model, recipe, compressed["stages"])
+    progress("certify.open_original", 0.05)
+    original = open_checkpoint(work / "source" / "model", device)
+    quality = _quality(work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done))
+    progress("certify.speed", 0.85)
+    speeds, texts = measure_speed(
+        {"original": original.model, "artifact": artifact.model}, artifact.tokenizer, recipe.evaluation.prompt
+    )
+    constraints = check_constraints(request.get("constraints", {}), quality, size)
+    report = {
+        "version": 1,
+        "job_id": request["job_id"],
+        "model": {"id": request["model"]["id"], "revision": source["revision"]},
+        "size": size,
+        "quality": quality,
+        "speed": {
+            name: {
+                "load_seconds": opened.load_seconds,
+                "first_token_seconds": speeds[name].first_token_seconds,
+                "tokens_per_second": speeds[name].tokens_per_second,
+            }
+            for name, opened in (("original", original), ("artifact", artifact))
+        },
+        "generation": {"prompt": recipe.evaluation.prompt, **texts},
+        "stages": stages,
+        "constraints": constraints,
+        "environment": fingerprint(work / "source" / "data.json"),
+        "timings": {
+            "compress_seconds": compressed["seconds"],
+            "certify_seconds": round(time.perf_counter() - begin, 3),
+        },
+        "load_snippet": LOAD_SNIPPET.format(folder="path/to/artifact", prompt="Hello"),
+    }
+    write_json(work / "artifact" / "report.json", report)
+    (work / "artifact" / "README.md").write_text(model_card(report, request["recipe"]), encoding="utf-8")
+    return {
+        "result": {
+            "size_bytes": size["artifact_bytes"],
+            "original_size_bytes": size["original_bytes"],
+            "compression_ratio": size["compression_ratio"],
+            "perplexity": quality["perplexity"],
+            "original_perplexity": quality["original_perplexity"],
+            "accuracy": None,
+            "original_accuracy": None,
+        },
+        "constraints_violated": [
+            {key: item[key] for key in ("name", "limit", "value")} for item in constraints if item["status"] == "violated"
+        ],
+    }
+
+
+@torch.inference_mode()
+def _check_logits(model: Any, probe: Path) -> None:  # noqa: ANN401
+    """The reopened artifact gives the logits that the engine computed with the compressed weights."""
+    expected = load_file(probe)
+    logits = model(input_ids=expected["input_ids"].unsqueeze(0).to(model.device), use_cache=False).logits[0].float().cpu()
+    difference = float((logits - expected["logits"]).abs().max())
+    allowed = LOGIT_TOLERANCE * float(expected["logits"].abs().max())
+    if not difference <= allowed:  # also where either is NaN
+        raise CrashError(
+            "artifact_mismatch",
+            f"The reopened artifact's logits differ by {difference:.3g} from those it should give; {allowed:.3g} is rounding.",
+        )
+
+
+def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
+    """Bytes before and after. A result has to be smaller, unless it proves zeros instead."""
+    artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
+    if artifact_bytes >= original_bytes and not any(isinstance(stage, Magnitude) for stage in recipe.stages):
+        raise UserError(
+            "not_smaller",
+            f"The result has {artifact_bytes:,} bytes and the original's parameters {original_bytes:,}: nothing was gained.",
+            param="recipe.stages",
+            hint="Choose fewer bits or larger groups; this model may already be quantized.",
+        )
+    return {
+        "original_bytes": original_bytes,
+        "artifact_bytes": artifact_bytes,
+        "compression_ratio": original_bytes / artifact_bytes,
+        "original_parameters": source["num_parameters"],
+        "original_file_bytes": source["source_file_bytes"],
+        "original_format": source["source_format"],
+    }
+
+
+def _prove_zeros(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:  # noqa: ANN401
+    """The stages' reports, with the zeros that pruning left in the reopened artifact."""
+    for stage, report in zip(recipe.stages, stages, strict=True):
+        if not isinstance(stage, Magnitude):
+            continue
+        assert stage.sparsity is not None
+        found = measure_sparsity(model, list(report["layers"]), stage.sparsity, stage.pattern)
+        if found.layers_below:
+            raise CrashError(
+                "zeros_missing",
+                f"{len(found.layers_below)} layers have fewer zeros than asked for, the first {found.layers_below[0]}.",
+            )
+        report["metrics"] |= {"sparsity": found.fraction, "num_zeros": found.num_zeros}
+    return stages
+
+
+def _quality(
+    work: Path, recipe: Recipe, original: Opened, artifact: Opened, emit: Emit, progress: Callable[[float], None]
+) -> dict[str, Any]:
+    wanted = recipe.evaluation
+    ids = tokenize(
+        original.tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"
+    )
+    if ids.numel() < wanted.num_tokens:
+        emit(
+            {
+                "event": "warning",
+                "code": "short_evaluation",
+                "message": f"The evaluation text has {ids.numel()} tokens; {wanted.num_tokens} were asked for.",
+                "param": "recipe.evaluation",
+            }
+        )
+    windows = windows_of(ids, wanted.num_tokens, wanted.max_seq_length)
+    return measure(original.model, artifact.model, windows, progress).to_report()
+
+
+def check_constraints(constraints: dict[str, Any], quality: dict[str, Any], size: dict[str, Any]) -> list[dict[str, Any]]:
+    """Each constraint with what was measured: ``met``, ``violated``, or ``not_applicable`` where nothing was."""
+    measured = {
+        "max_perplexity_ratio": (quality["perplexity_ratio"], 1),
+        "max_size_bytes": (size["artifact_bytes"], 1),
+        "min_accuracy": (None, -1),
+    }
+    checked = []
+    for name, limit in constraints.items():
+        if limit is None:
+            continue
+        value, sign = measured[name]
+        status = "not_applicable" if value is None else "met" if sign * value <= sign * limit else "violated"
+        checked.append({"name": name, "limit": limit, "value": value, "status": status})
+    return checked

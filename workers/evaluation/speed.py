@@ -1,0 +1,56 @@
+"""How fast models answer: first-token latency and tokens a second, measured in turns."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+NUM_NEW_TOKENS = 32
+NUM_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians over the rounds, batch of one, greedy decoding."""
+
+    first_token_seconds: float
+    tokens_per_second: float
+
+
+@torch.inference_mode()
+def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tuple[dict[str, Speed], dict[str, str]]:  # noqa: ANN401
+    """The speed of each model, and what each writes after ``prompt``.
+
+    Models take turns, so that a machine that slows down slows all of them down. Models have to be warm.
+    """
+    first: dict[str, list[float]] = {name: [] for name in models}
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    texts: dict[str, str] = {}
+    for _ in range(NUM_ROUNDS):
+        for name, model in models.items():
+            inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+            begin = time.perf_counter()
+            _generate(model, inputs, 1)
+            once = time.perf_counter() - begin
+            begin = time.perf_counter()
+            output = _generate(model, inputs, NUM_NEW_TOKENS)
+            whole = time.perf_counter() - begin
+            first[name].append(once)
+            rates[name].append((NUM_NEW_TOKENS - 1) / max(whole - once, 1e-9))
+            texts[name] = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    speeds = {name: Speed(statistics.median(first[name]), statistics.median(rates[name])) for name in models}
+    return speeds, texts
+
+
+def _generate(model: Any, inputs: Any, num_tokens: int) -> torch.Tensor:  # noqa: ANN401
+    output: torch.Tensor = model.generate(
+        **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+    )
+    if output.device.type == "cuda":
+        torch.cuda.synchronize()
+    return output

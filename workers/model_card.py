@@ -1,0 +1,60 @@
+"""The README.md of an artifact: what it is, how to load it, what it cost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
+    """Markdown for people, from a report and its recipe."""
+    size, quality, speed = report["size"], report["quality"], report["speed"]
+    techniques = ", then ".join(stage["technique"] for stage in report["stages"])
+    fallbacks = sum(len(stage["fallbacks"]) for stage in report["stages"][:1])
+    rows = [
+        ("weights, bytes", f"{size['original_bytes']:,}", f"{size['artifact_bytes']:,}"),
+        (
+            "perplexity",
+            f"{quality['original_perplexity']:.3f} ± {quality['original_perplexity_standard_error']:.3f}",
+            f"{quality['perplexity']:.3f} ± {quality['perplexity_standard_error']:.3f}",
+        ),
+        *(
+            (label, f"{speed['original'][key]:.3g}", f"{speed['artifact'][key]:.3g}")
+            for label, key in (
+                ("load, seconds", "load_seconds"),
+                ("first token, seconds", "first_token_seconds"),
+                ("tokens a second", "tokens_per_second"),
+            )
+        ),
+    ]
+    table = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in rows)
+    return f"""\
+# {report["model"]["id"]}, compressed by Attar
+
+Made with {techniques} from `{report["model"]["id"]}` at revision `{report["model"]["revision"]}`
+(job `{report["job_id"]}`): {size["compression_ratio"]:.2f} times smaller.
+
+```python
+{report["load_snippet"]}```
+
+| | original | this model |
+| --- | --- | --- |
+{table}
+
+KL divergence to the original {quality["kl_divergence"]:.4f} ± {quality["kl_divergence_standard_error"]:.4f} nats a token;
+same most likely token {100 * quality["top1_agreement"]:.1f} % of the time; perplexity ratio
+{quality["perplexity_ratio"]:.4f} ± {quality["perplexity_ratio_standard_error"]:.4f}. Measured in float32 on {quality["num_tokens"]:,}
+held-out tokens of `{_dataset(recipe)}`, ± one standard error. Speeds are of the worker that made this model.
+Layers that got something else than what was asked for: {fallbacks}; `report.json` names them.
+
+## Recipe
+
+```json
+{json.dumps(recipe, indent=2, ensure_ascii=False)}
+```
+"""
+
+
+def _dataset(recipe: dict[str, Any]) -> str:
+    dataset = recipe.get("evaluation", {}).get("dataset")
+    return dataset if isinstance(dataset, str) else "text sent with the job"

@@ -1,0 +1,139 @@
+"""Main of the processes of an attempt: fetch, compress or certify one work folder, and tell how it goes.
+
+Knows a work folder and a pipe, nothing else. Started with ``--preload`` it imports torch first and waits; its one
+order then comes as a JSON line on standard input, which stays open: its end means that the supervisor is gone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import errno
+import json
+import logging
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from workers.errors import CrashError, InfrastructureError, JobError
+
+_PR_SET_PDEATHSIG = 1
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Wait for the order, carry it out, and end with 0 or 1."""
+    arguments = argparse.ArgumentParser(description=__doc__)
+    arguments.add_argument("--events-fd", type=int, required=True)
+    arguments.add_argument("--preload", action="store_true")
+    options = arguments.parse_args()
+    _die_with_parent()
+    if options.preload:
+        _preload()
+    line = sys.stdin.buffer.readline()
+    if not line:
+        return
+    order = json.loads(line)
+    threading.Thread(target=_die_at_end_of_input, daemon=True, name="watch").start()
+    work = Path(order["work"])
+    _log_to(work / "logs" / f"{order['phase']}.log")
+    emit = _Events(options.events_fd)
+    try:
+        done = _run(order["phase"], work, order.get("num_threads"), emit)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor has to hear of it
+        logger.exception("phase=%s failed", order["phase"])
+        emit({"event": "error", **_as_job_error(error).to_dict()})
+        sys.exit(1)
+    emit({"event": "done", "peak_memory_bytes": _peak_memory_bytes(), **done})
+
+
+def _run(phase: str, work: Path, num_threads: int | None, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    request = json.loads((work / "request.json").read_text(encoding="utf-8"))
+    if phase == "fetch":
+        from workers.fetch import fetch
+
+        fetch(work, request, emit)
+        return {}
+    import torch
+
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    if phase == "compress":
+        from workers.pipeline import compress
+
+        compress(work, request, emit)
+        return {}
+    if phase == "certify":
+        from workers.certify import certify
+
+        return certify(work, request, emit)
+    raise ValueError(f"unknown phase {phase!r}")
+
+
+class _Events:
+    """Writes events to the pipe, a JSON line each."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._pipe = os.fdopen(descriptor, "w", encoding="utf-8")
+
+    def __call__(self, event: dict[str, Any]) -> None:
+        self._pipe.write(json.dumps(event, allow_nan=False, default=str) + "\n")
+        self._pipe.flush()
+
+
+def _as_job_error(error: Exception) -> JobError:
+    if isinstance(error, JobError):
+        return error
+    if isinstance(error, MemoryError):
+        return CrashError("out_of_memory", "The job's process ran out of memory.", hint="Use a worker with more memory.")
+    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+        return InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
+    if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
+        return CrashError("out_of_memory", str(error).splitlines()[0], hint="Use a device with more memory.")
+    return CrashError("internal_error", f"{type(error).__name__}: {error}"[:2000])
+
+
+def _preload() -> None:
+    """Import what compress and certify need, so that the job does not wait for it."""
+    import compressed_tensors.compressors
+    import transformers.models.auto.modeling_auto
+    import transformers.models.auto.tokenization_auto
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+    import workers.certify
+    import workers.pipeline  # noqa: F401
+
+
+def _die_with_parent() -> None:
+    """Ask the kernel for SIGKILL when the supervisor's thread ends; the end of input says the same elsewhere."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
+def _die_at_end_of_input() -> None:
+    while sys.stdin.buffer.read(4096):
+        continue
+    os.killpg(os.getpgrp(), signal.SIGKILL)
+
+
+def _log_to(path: Path) -> None:
+    """Send standard output and error, libraries' included, to the attempt's log."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    os.close(descriptor)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+
+
+def _peak_memory_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+if __name__ == "__main__":
+    main()
