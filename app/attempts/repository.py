@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, and_, case, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
-from app.artifacts.models import Artifact, ArtifactFile
+from app.artifacts.models import Artifact
 from app.attempts.models import Attempt
 from app.jobs.models import Job
 
@@ -228,23 +228,8 @@ def count_claimable(session: Session) -> dict[str, int]:
     return {queue: count for queue, count in rows}  # noqa: C416 — a Row is not typed as a pair
 
 
-def artifact_files(session: Session, tenant_id: str, job_id: str) -> tuple[str, list[tuple[str, int, str]]] | None:
-    """Key prefix and files (path, size in bytes, sha256) of the artifact of one of the tenant's jobs."""
-    artifact = session.execute(
-        select(Artifact.id, Artifact.prefix)
-        .join(Job, Job.id == Artifact.job_id)
-        .where(Artifact.job_id == job_id, Job.tenant_id == tenant_id)
-    ).one_or_none()
-    if artifact is None:
-        return None
-    files = session.execute(
-        select(ArtifactFile.path, ArtifactFile.size_bytes, ArtifactFile.sha256)
-        .where(ArtifactFile.artifact_id == artifact.id)
-        .order_by(ArtifactFile.path)
-    )
-    return artifact.prefix, [(path, size_bytes, sha256) for path, size_bytes, sha256 in files]
-
-
-def outdated_fences(session: Session, job_id: str, fence: int) -> list[int]:
-    """Fences of earlier attempts at a job, which may have left files in storage."""
-    return list(session.scalars(select(Attempt.fence).where(Attempt.job_id == job_id, Attempt.fence < fence)))
+def unnamed_fences(session: Session, job_id: str, up_to: int) -> list[int]:
+    """Fences of attempts whose files in storage, if there are any, belong to no artifact."""
+    named = select(Artifact.fence).where(Artifact.job_id == job_id)
+    query = select(Attempt.fence).where(Attempt.job_id == job_id, Attempt.fence <= up_to, Attempt.fence.not_in(named))
+    return list(session.scalars(query))

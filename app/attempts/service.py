@@ -18,7 +18,9 @@ from app.artifacts import service as artifacts
 from app.attempts import repository
 from app.attempts.repository import ClaimedJob as Claim
 from app.attempts.repository import HeldJob
+from app.errors import JobConflictError
 from app.events import repository as events
+from app.jobs.models import ENDED
 from workers.errors import Blame, InfrastructureError, JobError
 
 __all__ = ["Claim", "FailureDetails", "JobEvent", "Reaped"]
@@ -138,9 +140,7 @@ def finish(
     return _end(session, held, status, error=error, details=details, values=values)
 
 
-def fail_attempt(
-    session: Session, claim: Claim, error: JobError, details: FailureDetails | None = None
-) -> Outcome:
+def fail_attempt(session: Session, claim: Claim, error: JobError, details: FailureDetails | None = None) -> Outcome:
     """Put the job back into its queue when trying again may help, else end it ``failed``."""
     held = repository.lock_held(session, claim.job_id, claim.fence)
     if held is None:
@@ -170,15 +170,17 @@ def release(session: Session, claim: Claim) -> Outcome:
 
 
 def request_cancel(session: Session, tenant_id: str, job_id: str) -> str | None:
-    """Cancel a waiting job at once, or have the worker of a running one stop it.
+    """Cancel a waiting job at once, or have the worker of a running one stop it; the status after the request.
 
-    Returns the status after the request, which is ``succeeded`` or ``failed`` where it came too late, and None when
-    the tenant has no such job. Asking twice is fine.
+    None when the tenant has no such job. Asking again while it is being cancelled is fine; an ended job raises
+    JobConflictError.
     """
     statuses = repository.request_cancel(session, tenant_id, job_id)
     if statuses is None:
         return None
     before, after = statuses
+    if before in ENDED:
+        raise JobConflictError(job_id, before, "be cancelled")
     if before != after:
         events.append(session, job_id, f"job.{after}")
     return after
@@ -195,14 +197,9 @@ def count_claimable(session: Session) -> dict[str, int]:
     return repository.count_claimable(session)
 
 
-def artifact_files(session: Session, tenant_id: str, job_id: str) -> tuple[str, list[tuple[str, int, str]]] | None:
-    """Key prefix and files (path, bytes, sha256) of the artifact of one of the tenant's jobs; None without one."""
-    return repository.artifact_files(session, tenant_id, job_id)
-
-
-def outdated_fences(session: Session, claim: Claim) -> list[int]:
-    """Fences of earlier attempts, which may have left files in storage."""
-    return repository.outdated_fences(session, claim.job_id, claim.fence)
+def unnamed_fences(session: Session, claim: Claim) -> list[int]:
+    """Fences, of this attempt and of earlier ones, under which storage may hold files that belong to no artifact."""
+    return repository.unnamed_fences(session, claim.job_id, claim.fence)
 
 
 def error_json(error: JobError) -> dict[str, Any]:
