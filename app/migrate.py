@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 
 from alembic import command
 from alembic.config import Config
+from alembic.script import ScriptDirectory
 from sqlalchemy import NullPool, create_engine, text
 
 from app.database import psycopg_url
@@ -27,6 +29,12 @@ def downgrade(database_url: str, revision: str) -> None:
     """Take back every migration above ``revision``; ``base`` takes back all of them."""
     with locked_config(database_url) as config:
         command.downgrade(config, revision)
+
+
+@cache
+def head() -> str | None:
+    """The revision that this code expects."""
+    return ScriptDirectory(str(MIGRATIONS)).get_current_head()
 
 
 @contextmanager

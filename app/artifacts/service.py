@@ -79,3 +79,9 @@ def open_file(storage: Storage, file: StoredFile, start: int, length: int) -> It
     except ObjectMissingError:
         logger.error("an artifact's file is gone from storage", extra={"key": file.key})  # noqa: TRY400
         raise
+
+
+def find_artifact(session: Session, tenant_id: str, job_id: str) -> tuple[str, list[ArtifactFile]] | None:
+    """Key prefix and files of the artifact of one of the tenant's jobs."""
+    artifact = repository.find_artifact(session, tenant_id, job_id)
+    return (artifact.prefix, repository.list_files(session, artifact.id)) if artifact is not None else None

@@ -46,6 +46,7 @@ def _create_jobs() -> None:
         sa.Column("requested_revision", sa.Text),
         sa.Column("revision", sa.Text),
         sa.Column("recipe", JSONB, nullable=False),
+        sa.Column("shown_recipe", JSONB),
         sa.Column("recipe_version", sa.Integer, nullable=False),
         sa.Column("constraints", JSONB, server_default="{}", nullable=False),
         sa.Column("queue", sa.Text, nullable=False),

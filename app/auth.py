@@ -1,0 +1,43 @@
+"""From an API key to the principal that it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.dependencies import AppParts
+from app.errors import UnauthorizedError
+from app.keys import service as keys
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Who asks. Everything that a request reads or writes belongs to this tenant."""
+
+    tenant_id: str
+    key_id: str
+    scopes: frozenset[str]
+
+
+_bearer = HTTPBearer(auto_error=False, description="An API key, made by `attar keys create NAME`.")
+
+
+def _authenticate(
+    parts: AppParts, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+) -> Principal:
+    if credentials is None:
+        raise UnauthorizedError(
+            "missing_api_key",
+            "The request has no API key.",
+            hint="Send `Authorization: Bearer KEY`; `attar keys create NAME` makes a key.",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+    with parts.database.transaction() as session:
+        key = keys.authenticate(session, credentials.credentials)
+        return Principal(key.tenant_id, key.id, frozenset(key.scopes))
+
+
+CurrentPrincipal = Annotated[Principal, Depends(_authenticate)]

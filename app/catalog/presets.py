@@ -1,0 +1,44 @@
+"""Recipes by name, for those who do not want to write one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workers.recipe import Recipe
+from workers.techniques import GPTQ, Magnitude, RoundToNearest
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A recipe with a name."""
+
+    name: str
+    description: str
+    recipe: Recipe
+
+
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset(
+            "int8",
+            "8-bit weights, one scale a channel. About half of the bytes, hardly any loss; takes seconds.",
+            Recipe(stages=[RoundToNearest(scheme="W8A16", group_size=None)]),
+        ),
+        Preset(
+            "int4",
+            "4-bit weights by GPTQ, in groups of 64. About a third of the bytes; needs calibration text and minutes.",
+            Recipe(stages=[GPTQ(scheme="W4A16", group_size=64)]),
+        ),
+        Preset(
+            "int4-fast",
+            "4-bit weights by rounding, in groups of 64, with clip search. No calibration; loses more than int4.",
+            Recipe(stages=[RoundToNearest(scheme="W4A16", group_size=64, clip_search=True)]),
+        ),
+        Preset(
+            "sparse50",
+            "Half of all weights of the linear layers become zero, the smallest first. The bytes on disk stay.",
+            Recipe(stages=[Magnitude(sparsity=0.5)]),
+        ),
+    )
+}

@@ -1,0 +1,30 @@
+"""What endpoints are given: the parts that the app was built with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from app.database import Database
+from app.settings import Settings
+from app.storage import Storage
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Made once, when the app starts."""
+
+    settings: Settings
+    database: Database
+    storage: Storage
+
+
+def _parts(request: Request) -> Parts:
+    parts = request.app.state.parts
+    assert isinstance(parts, Parts)
+    return parts
+
+
+AppParts = Annotated[Parts, Depends(_parts)]

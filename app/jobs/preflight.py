@@ -1,0 +1,149 @@
+"""What can be said against a submission before it is queued, from configs and headers alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from app.artifacts import service as artifacts
+from app.database import Database
+from app.errors import of_job_error
+from app.jobs.schemas import JobSubmission
+from app.settings import Settings
+from app.storage import ObjectMissingError, Storage
+from workers.architectures import architecture_of
+from workers.errors import JobError, UserError
+from workers.recipe import Recipe
+from workers.sources.checkpoint import ArtifactFacts
+from workers.sources.datasets import check_dataset
+from workers.sources.facts import ModelFacts
+from workers.sources.identifiers import JobId, parse_model_id
+from workers.sources.inspection import inspect_model
+from workers.techniques import Magnitude, QuantizationOptions
+
+_TRAINING_KINDS = frozenset({"training", "distillation"})
+
+
+def check(
+    submission: JobSubmission, *, tenant_id: str, settings: Settings, database: Database, storage: Storage
+) -> ModelFacts:
+    """The facts of the model that the job will start from.
+
+    Takes as long as the hub takes: call it outside any transaction. Raises ServiceError, naming the field.
+    """
+    try:
+        facts = inspect_model(
+            submission.model.id,
+            submission.model.revision,
+            model_roots=settings.model_roots,
+            artifact=_artifact_of(submission.model.id, tenant_id, database, storage),
+            timeout_seconds=settings.hub_timeout_seconds,
+        )
+        architecture_of(facts.config)
+        check_group_size(submission.recipe, facts)
+        check_mask_structure(submission.recipe, facts)
+        _check_datasets(submission.recipe, settings)
+    except JobError as error:
+        raise of_job_error(error) from error
+    return facts
+
+
+def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse a group size that divides no linear layer; one that divides some falls back in the others.
+
+    Raises UserError ``group_size_fits_no_layer``.
+    """
+    widths = facts.linear_in_features
+    for index, stage in enumerate(recipe.stages):
+        size = stage.group_size if isinstance(stage, QuantizationOptions) else None
+        if size is None or any(width % size == 0 for width in widths):
+            continue
+        fitting = [size for size in (32, 64, 96, 128, 192, 256) if any(width % size == 0 for width in widths)]
+        raise UserError(
+            "group_size_fits_no_layer",
+            f"Groups of {size} divide no linear layer: their inputs have {_listed(widths)} columns.",
+            param=f"recipe.stages[{index}].group_size",
+            hint=f"Sizes that fit: {_listed(fitting or widths)}; or null for one scale a channel.",
+        )
+
+
+def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse an N:M mask whose M divides no linear layer.
+
+    Raises UserError ``mask_structure_fits_no_layer``.
+    """
+    for index, stage in enumerate(recipe.stages):
+        pattern = stage.pattern if isinstance(stage, Magnitude) else None
+        if pattern is not None and not any(width % pattern[1] == 0 for width in facts.linear_in_features):
+            raise UserError(
+                "mask_structure_fits_no_layer",
+                f"{pattern[1]} columns divide no linear layer: their inputs have {_listed(facts.linear_in_features)}.",
+                param=f"recipe.stages[{index}].mask_structure",
+                hint="Use 2:4, or unstructured.",
+            )
+
+
+def warnings_of(submission: JobSubmission) -> list[dict[str, Any]]:
+    """What the submission says that will have no effect."""
+    warnings = []
+    if submission.constraints.min_accuracy is not None:
+        warnings.append(
+            {
+                "code": "constraint_not_applicable",
+                "message": "The evaluation measures no accuracy, because its data has no labels that a causal language "
+                "model could be scored on: min_accuracy is not checked.",
+                "param": "constraints.min_accuracy",
+            }
+        )
+    if submission.recipe.training is not None and not any(
+        stage.kind in _TRAINING_KINDS for stage in submission.recipe.stages
+    ):
+        warnings.append(
+            {
+                "code": "training_not_applicable",
+                "message": "No stage of the recipe trains: the training data is not used.",
+                "param": "recipe.training",
+            }
+        )
+    return warnings
+
+
+def _artifact_of(model_id: str, tenant_id: str, database: Database, storage: Storage) -> ArtifactFacts | None:
+    """The files of the earlier result that ``job:ID`` names; None for other ids, or where there is none."""
+    model = parse_model_id(model_id)
+    if not isinstance(model, JobId):
+        return None
+    with database.transaction() as session:
+        artifact = artifacts.find_artifact(session, tenant_id, model.job_id)
+    if artifact is None:
+        return None
+    prefix, files = artifact
+
+    def read_file(path: str, start: int, length: int) -> bytes:
+        try:
+            return b"".join(storage.open_range(f"{prefix}/{path}", start, length))
+        except ObjectMissingError:
+            raise UserError(
+                "model_not_found",
+                f"A file of {model_id} is gone: {path}.",
+                param="model.id",
+                hint="Run that job again.",
+            ) from None
+
+    return ArtifactFacts({file.path: file.size_bytes for file in files}, read_file)
+
+
+def _check_datasets(recipe: Recipe, settings: Settings) -> None:
+    for name in ("calibration", "training", "evaluation"):
+        part = getattr(recipe, name)
+        if part is not None:
+            check_dataset(
+                part.dataset,
+                f"recipe.{name}.dataset",
+                settings.model_roots,
+                text_field=part.text_field,
+                timeout_seconds=settings.hub_timeout_seconds,
+            )
+
+
+def _listed(numbers: list[int] | tuple[int, ...]) -> str:
+    return ", ".join(str(number) for number in numbers) or "no"
