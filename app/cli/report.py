@@ -1,0 +1,102 @@
+"""A report for people: what was measured, before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from app.cli.output import number, plain, size
+
+
+def print_report(console: Console, report: Mapping[str, Any]) -> None:
+    """Print the tables of a ``report.json``, the generated texts and the snippet that loads the result."""
+    model = report["model"]
+    console.print(f"{plain(model['id'])} at {plain(str(model.get('revision'))[:12])}", style="bold", soft_wrap=True)
+    console.print(_measurements(report))
+    _print_constraints(console, report.get("constraints") or [])
+    _print_fallbacks(console, report.get("stages") or [])
+    generation = report.get("generation")
+    if generation:
+        _print_generation(console, generation)
+    if report.get("load_snippet"):
+        console.print("\nLoad the result:", style="bold")
+        console.print(plain(report["load_snippet"]).rstrip(), soft_wrap=True)
+
+
+def _measurements(report: Mapping[str, Any]) -> Table:
+    table = Table("", "original", "result", "change", box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in table.columns[1:]:
+        column.justify = "right"
+    _add_size(table, report.get("size") or {})
+    _add_quality(table, report.get("quality") or {})
+    speed = report.get("speed") or {}
+    before, after = speed.get("original") or {}, speed.get("artifact") or {}
+    for name, key, digits in (
+        ("load time (s)", "load_seconds", 2),
+        ("first token (s)", "first_token_seconds", 3),
+        ("tokens per second", "tokens_per_second", 1),
+    ):
+        if before.get(key) is not None or after.get(key) is not None:
+            table.add_row(name, number(before.get(key), digits), number(after.get(key), digits), "")
+    return table
+
+
+def _add_size(table: Table, sizes: Mapping[str, Any]) -> None:
+    ratio = sizes.get("compression_ratio")
+    change = f"{number(ratio, 2)} times smaller" if ratio is not None else ""
+    table.add_row("bytes", size(sizes.get("original_bytes")), size(sizes.get("artifact_bytes")), change)
+    file_bytes = sizes.get("original_file_bytes")
+    if file_bytes is not None and file_bytes != sizes.get("original_bytes"):
+        table.add_row("bytes of the source's files", size(file_bytes), "", "")
+    if sizes.get("original_parameters") is not None:
+        table.add_row(
+            "parameters",
+            number(sizes["original_parameters"], 0),
+            number(sizes.get("artifact_parameters"), 0),
+            "",
+        )
+
+
+def _add_quality(table: Table, quality: Mapping[str, Any]) -> None:
+    if quality.get("perplexity") is not None:
+        ratio = quality.get("perplexity_ratio")
+        table.add_row(
+            f"perplexity ({number(quality.get('num_tokens'), 0)} tokens)",
+            _with_error(quality.get("original_perplexity"), quality.get("original_perplexity_standard_error"), 2),
+            _with_error(quality["perplexity"], quality.get("perplexity_standard_error"), 2),
+            f"× {number(ratio, 3)}" if ratio is not None else "",
+        )
+    if quality.get("kl_divergence") is not None:
+        error = quality.get("kl_divergence_standard_error")
+        table.add_row("KL to the original (nats)", "", _with_error(quality["kl_divergence"], error, 4), "")
+    if quality.get("top1_agreement") is not None:
+        table.add_row("same next token as the original", "", f"{100 * quality['top1_agreement']:.1f} %", "")
+
+
+def _with_error(value: float | None, error: float | None, digits: int) -> str:
+    return number(value, digits) if error is None else f"{number(value, digits)} ± {number(error, digits)}"
+
+
+def _print_constraints(console: Console, constraints: list[Mapping[str, Any]]) -> None:
+    for constraint in constraints:
+        text = f"{constraint['name']}: limit {constraint['limit']}, measured {constraint['value']}"
+        console.print(plain(f"{text}: {constraint['status']}"), soft_wrap=True)
+
+
+def _print_fallbacks(console: Console, stages: list[Mapping[str, Any]]) -> None:
+    for stage in stages:
+        fallbacks = stage.get("fallbacks") or []
+        if fallbacks:
+            layers = "layer" if len(fallbacks) == 1 else "layers"
+            console.print(plain(f"{stage['technique']}: {len(fallbacks)} {layers} fell back; report.json names them"))
+
+
+def _print_generation(console: Console, generation: Mapping[str, Any]) -> None:
+    console.print(f"\nBoth continue: {plain(generation['prompt'])}", style="bold", soft_wrap=True)
+    table = Table("original", "result", show_lines=False, expand=True)
+    table.columns[0].ratio = table.columns[1].ratio = 1
+    table.add_row(plain(generation["original"]), plain(generation["artifact"]))
+    console.print(table)
