@@ -64,7 +64,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
             param="model.id",
             hint="Choose a model whose config.json names an architecture that ends in ForCausalLM.",
         )
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         raise UserError(
             "unsupported_architecture",
             f"Models of type {model_type!r} are not supported.",

@@ -55,7 +55,9 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     stages = _prove_zeros(artifact.model, recipe, compressed["stages"])
     progress("certify.open_original", 0.05)
     original = open_checkpoint(work / "source" / "model", device)
-    quality = _quality(work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done))
+    quality = _quality(
+        work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)
+    )
     progress("certify.speed", 0.85)
     speeds, texts = measure_speed(
         {"original": original.model, "artifact": artifact.model}, artifact.tokenizer, recipe.evaluation.prompt
@@ -98,22 +100,27 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "original_accuracy": None,
         },
         "constraints_violated": [
-            {key: item[key] for key in ("name", "limit", "value")} for item in constraints if item["status"] == "violated"
+            {key: item[key] for key in ("name", "limit", "value")}
+            for item in constraints
+            if item["status"] == "violated"
         ],
     }
 
 
 @torch.inference_mode()
-def _check_logits(model: Any, probe: Path) -> None:  # noqa: ANN401
+def _check_logits(model: Any, probe: Path) -> None:
     """The reopened artifact gives the logits that the engine computed with the compressed weights."""
     expected = load_file(probe)
-    logits = model(input_ids=expected["input_ids"].unsqueeze(0).to(model.device), use_cache=False).logits[0].float().cpu()
+    logits = (
+        model(input_ids=expected["input_ids"].unsqueeze(0).to(model.device), use_cache=False).logits[0].float().cpu()
+    )
     difference = float((logits - expected["logits"]).abs().max())
     allowed = LOGIT_TOLERANCE * float(expected["logits"].abs().max())
     if not difference <= allowed:  # also where either is NaN
         raise CrashError(
             "artifact_mismatch",
-            f"The reopened artifact's logits differ by {difference:.3g} from those it should give; {allowed:.3g} is rounding.",
+            f"The reopened artifact's logits differ by {difference:.3g} from those it should give; "
+            f"up to {allowed:.3g} would be rounding.",
         )
 
 
@@ -123,7 +130,8 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     if artifact_bytes >= original_bytes and not any(isinstance(stage, Magnitude) for stage in recipe.stages):
         raise UserError(
             "not_smaller",
-            f"The result has {artifact_bytes:,} bytes and the original's parameters {original_bytes:,}: nothing was gained.",
+            f"The result has {artifact_bytes:,} bytes and the original's parameters have {original_bytes:,}: "
+            "nothing was gained.",
             param="recipe.stages",
             hint="Choose fewer bits or larger groups; this model may already be quantized.",
         )
@@ -137,7 +145,7 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     }
 
 
-def _prove_zeros(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:  # noqa: ANN401
+def _prove_zeros(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with the zeros that pruning left in the reopened artifact."""
     for stage, report in zip(recipe.stages, stages, strict=True):
         if not isinstance(stage, Magnitude):
@@ -173,7 +181,9 @@ def _quality(
     return measure(original.model, artifact.model, windows, progress).to_report()
 
 
-def check_constraints(constraints: dict[str, Any], quality: dict[str, Any], size: dict[str, Any]) -> list[dict[str, Any]]:
+def check_constraints(
+    constraints: dict[str, Any], quality: dict[str, Any], size: dict[str, Any]
+) -> list[dict[str, Any]]:
     """Each constraint with what was measured: ``met``, ``violated``, or ``not_applicable`` where nothing was."""
     measured = {
         "max_perplexity_ratio": (quality["perplexity_ratio"], 1),

@@ -41,10 +41,10 @@ Made with {techniques} from `{report["model"]["id"]}` at revision `{report["mode
 | --- | --- | --- |
 {table}
 
-KL divergence to the original {quality["kl_divergence"]:.4f} ± {quality["kl_divergence_standard_error"]:.4f} nats a token;
-same most likely token {100 * quality["top1_agreement"]:.1f} % of the time; perplexity ratio
-{quality["perplexity_ratio"]:.4f} ± {quality["perplexity_ratio_standard_error"]:.4f}. Measured in float32 on {quality["num_tokens"]:,}
-held-out tokens of `{_dataset(recipe)}`, ± one standard error. Speeds are of the worker that made this model.
+KL divergence to the original {_with_error(quality, "kl_divergence")} nats a token; same most likely token
+{100 * quality["top1_agreement"]:.1f} % of the time; perplexity ratio {_with_error(quality, "perplexity_ratio")}.
+Measured in float32 on {quality["num_tokens"]:,} held-out tokens of `{_dataset(recipe)}`, ± one standard error.
+Speeds are of the worker that made this model.
 Layers that got something else than what was asked for: {fallbacks}; `report.json` names them.
 
 ## Recipe
@@ -53,6 +53,10 @@ Layers that got something else than what was asked for: {fallbacks}; `report.jso
 {json.dumps(recipe, indent=2, ensure_ascii=False)}
 ```
 """
+
+
+def _with_error(quality: dict[str, Any], name: str) -> str:
+    return f"{quality[name]:.4f} ± {quality[name + '_standard_error']:.4f}"
 
 
 def _dataset(recipe: dict[str, Any]) -> str:

@@ -66,9 +66,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
     parts.write("rest", _rest(checkpoint, architecture))
     _export(work / "artifact", checkpoint, architecture, recipe, request, streamed, parts)
-    save_file(
-        {"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors"
-    )
+    save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
     stages = [_stage_report(recipe, index, streamed) for index in range(len(recipe.stages))]
     write_json(
         work / "compressed.json",
@@ -83,14 +81,12 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
 
 
-def _calibration(work: Path, recipe: Recipe, tokenizer: Any, emit: Emit) -> Tensor | None:  # noqa: ANN401
+def _calibration(work: Path, recipe: Recipe, tokenizer: Any, emit: Emit) -> Tensor | None:
     """Samples × tokens, or None where no stage needs them."""
     if not recipe.statistics:
         return None
     wanted = recipe.calibration
-    ids = tokenize(
-        tokenizer, read_documents(work / "source" / "calibration.jsonl"), param="recipe.calibration.dataset"
-    )
+    ids = tokenize(tokenizer, read_documents(work / "source" / "calibration.jsonl"), param="recipe.calibration.dataset")
     samples = calibration_samples(ids, wanted.num_samples, wanted.max_seq_length, recipe.seed)
     if samples.numel() < wanted.num_samples * wanted.max_seq_length:
         emit(

@@ -10,7 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 from workers.techniques import QuantizationOptions, Stage
 
-RECIPE_VERSION = 1
+RECIPE_VERSION: Literal[1] = 1
 
 Format = Literal["compressed-tensors", "safetensors"]
 Packing = Literal["pack-quantized", "int-quantized"]
@@ -92,7 +92,7 @@ class Output(_Part):
 class Recipe(_Part):
     """Ordered stages and all that decides the bytes of the artifact."""
 
-    version: Literal[1] = RECIPE_VERSION
+    version: Literal[1] = 1
     stages: Annotated[list[Stage], Field(min_length=1, max_length=32)]
     calibration: Calibration = Calibration()
     training: Training | None = None

@@ -45,7 +45,7 @@ def main() -> None:
     emit = _Events(options.events_fd)
     try:
         done = _run(order["phase"], work, order.get("num_threads"), emit)
-    except Exception as error:  # noqa: BLE001 - whatever it is, the supervisor has to hear of it
+    except Exception as error:  # whatever it is, the supervisor has to hear of it
         logger.exception("phase=%s failed", order["phase"])
         emit({"event": "error", **_as_job_error(error).to_dict()})
         sys.exit(1)
@@ -90,7 +90,9 @@ def _as_job_error(error: Exception) -> JobError:
     if isinstance(error, JobError):
         return error
     if isinstance(error, MemoryError):
-        return CrashError("out_of_memory", "The job's process ran out of memory.", hint="Use a worker with more memory.")
+        return CrashError(
+            "out_of_memory", "The job's process ran out of memory.", hint="Use a worker with more memory."
+        )
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
     if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
@@ -100,7 +102,7 @@ def _as_job_error(error: Exception) -> JobError:
 
 def _preload() -> None:
     """Import what compress and certify need, so that the job does not wait for it."""
-    import compressed_tensors.compressors
+    import compressed_tensors.compressors  # noqa: F401
     import transformers.models.auto.modeling_auto
     import transformers.models.auto.tokenization_auto
     import transformers.models.llama.modeling_llama  # noqa: F401

@@ -137,5 +137,3 @@ class _QuantizationSchemes:
             param="model.id",
             hint="Give the original checkpoint.",
         )
-
-

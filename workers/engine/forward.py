@@ -61,7 +61,7 @@ class _Pause:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __call__(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         hub = greenlet.getcurrent().parent
         if hub is not None:
             hub.switch(Stop(self._name, arguments[0]))

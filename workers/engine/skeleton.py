@@ -96,12 +96,11 @@ class Skeleton:
                 setattr(module, name, buffer.to(self.device))
 
 
-def _empty_model(folder: Path) -> Any:  # noqa: ANN401 - whatever class of transformers the config names
+def _empty_model(folder: Path) -> Any:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(
-            config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False
-        )
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
     return model.eval()

@@ -91,7 +91,9 @@ class Stream:
 
     def _passes(self, calibration: Tensor) -> list[ForwardPass]:
         samples = max(1, TOKENS_PER_PASS // calibration.shape[1])
-        return [ForwardPass(self.skeleton.model, ids.to(self.skeleton.device)) for ids in calibration.split(samples)]
+        return [
+            ForwardPass(self.skeleton.model, ids.to(self.skeleton.device)) for ids in torch.split(calibration, samples)
+        ]
 
     def _compress_block(self, index: int, blocks: list[str], passes: list[ForwardPass]) -> list[Layer]:
         """Solve every layer of a block, each group of them as soon as its input is there."""

@@ -23,7 +23,7 @@ def read_documents(path: Path) -> Iterator[str]:
             yield json.loads(line)["text"]
 
 
-def tokenize(tokenizer: Any, documents: Iterable[str], *, param: str) -> Tensor:  # noqa: ANN401 - any of transformers
+def tokenize(tokenizer: Any, documents: Iterable[str], *, param: str) -> Tensor:
     """All documents as one row of token ids (int64), separated by blank lines as papers do.
 
     Raises:

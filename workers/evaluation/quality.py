@@ -57,11 +57,11 @@ class TokenMeasures:
 
 def windows_of(ids: Tensor, num_tokens: int, max_seq_length: int) -> list[Tensor]:
     """Consecutive windows of token ids, without overlap; the last may be shorter."""
-    return [window for window in ids[:num_tokens].split(max_seq_length) if window.numel() > 1]
+    return [window for window in torch.split(ids[:num_tokens], max_seq_length) if window.numel() > 1]
 
 
 @torch.inference_mode()
-def measure(original: Any, artifact: Any, windows: list[Tensor], progress: Callable[[float], None]) -> TokenMeasures:  # noqa: ANN401
+def measure(original: Any, artifact: Any, windows: list[Tensor], progress: Callable[[float], None]) -> TokenMeasures:
     """Run both models over the windows, each scored from its second token on.
 
     Raises:
@@ -111,7 +111,7 @@ def mean_with_error(values: Tensor) -> Estimate:
 
 
 def _perplexity(losses: Tensor) -> Estimate:
-    """exp of the mean loss; the error follows by the delta method."""
+    """The exponential of the mean loss; the error follows by the delta method."""
     mean = mean_with_error(losses)
     value = math.exp(min(mean.value, 700.0))
     return Estimate(value, value * mean.standard_error)

@@ -29,7 +29,7 @@ class Sparsity:
         return self.num_zeros / self.num_weights if self.num_weights else 0.0
 
 
-def measure_sparsity(model: Any, layers: list[str], sparsity: float, pattern: tuple[int, int] | None) -> Sparsity:  # noqa: ANN401
+def measure_sparsity(model: Any, layers: list[str], sparsity: float, pattern: tuple[int, int] | None) -> Sparsity:
     """Count zeros in the named layers of an opened model and hold them against what was asked for.
 
     With ``pattern`` (N, M) every M consecutive columns must have at most N that are not zero.

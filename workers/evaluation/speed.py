@@ -23,7 +23,7 @@ class Speed:
 
 
 @torch.inference_mode()
-def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tuple[dict[str, Speed], dict[str, str]]:  # noqa: ANN401
+def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tuple[dict[str, Speed], dict[str, str]]:
     """The speed of each model, and what each writes after ``prompt``.
 
     Models take turns, so that a machine that slows down slows all of them down. Models have to be warm.
@@ -47,7 +47,7 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
     return speeds, texts
 
 
-def _generate(model: Any, inputs: Any, num_tokens: int) -> torch.Tensor:  # noqa: ANN401
+def _generate(model: Any, inputs: Any, num_tokens: int) -> torch.Tensor:
     output: torch.Tensor = model.generate(
         **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
     )

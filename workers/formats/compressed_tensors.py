@@ -36,7 +36,9 @@ def encode(quantized: QuantizedWeight, packing: Packing) -> dict[str, Tensor]:
     return encoded
 
 
-def quantization_config(layers: Mapping[str, tuple[Grid, int]], linear_layers: list[str], packing: Packing) -> dict[str, Any]:
+def quantization_config(
+    layers: Mapping[str, tuple[Grid, int]], linear_layers: list[str], packing: Packing
+) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
     ``layers`` gives the grid and the number of input columns of each quantized layer; ``linear_layers`` names every

@@ -38,7 +38,8 @@ def open_checkpoint(folder: Path, device: torch.device) -> Opened:
         CrashError: ``artifact_incomplete`` where transformers misses a weight or finds one that it does not know.
     """
     begin = time.perf_counter()
-    model, info = AutoModelForCausalLM.from_pretrained(
+    auto: Any = AutoModelForCausalLM
+    model, info = auto.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, local_files_only=True
     )
     model.to(device).eval()

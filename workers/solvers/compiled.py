@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -20,8 +21,8 @@ from torch import Tensor
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 
 
-@njit(nogil=True, cache=True, fastmath=_FAST)  # type: ignore[untyped-decorator]
-def _group_error(group, weights, scale, zero, lowest, highest):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@njit(nogil=True, cache=True, fastmath=_FAST)
+def _group_error(group, weights, scale, zero, lowest, highest):
     inverse = np.float32(1.0) / scale
     total = np.float32(0.0)
     for i in range(group.shape[0]):
@@ -32,8 +33,8 @@ def _group_error(group, weights, scale, zero, lowest, highest):  # type: ignore[
     return total
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _round_mantissa(value, dropped):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN202
+@njit(nogil=True, cache=True)
+def _round_mantissa(value, dropped):
     """A float32 rounded to nearest even after its lowest ``dropped`` bits are given up."""
     if dropped == 0:
         return value
@@ -44,9 +45,18 @@ def _round_mantissa(value, dropped):  # type: ignore[no-untyped-def]  # noqa: AN
     return np.uint32((rounded >> np.uint32(dropped)) << np.uint32(dropped)).view(np.float32)
 
 
-@njit(nogil=True, cache=True)  # type: ignore[untyped-decorator]
-def _search_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    groups, importance, shrink, lowest, highest, symmetric, dropped, tiny, scales, zeros  # noqa: ANN001
+@njit(nogil=True, cache=True)
+def _search_rows(
+    groups,
+    importance,
+    shrink,
+    lowest,
+    highest,
+    symmetric,
+    dropped,
+    tiny,
+    scales,
+    zeros,
 ):
     span = np.float32(highest - lowest)
     low_code, high_code = np.float32(lowest), np.float32(highest)
@@ -114,9 +124,20 @@ def search_scales(
     return torch.from_numpy(scales), torch.from_numpy(zeros)
 
 
-@njit(nogil=True, cache=True, fastmath={"contract"})  # type: ignore[untyped-decorator]
-def _quantize_rows(  # type: ignore[no-untyped-def]  # noqa: ANN202
-    weight, factor, scales, zeros, group_of, pruned, lowest, highest, first, last, codes, errors  # noqa: ANN001
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _quantize_rows(
+    weight,
+    factor,
+    scales,
+    zeros,
+    group_of,
+    pruned,
+    lowest,
+    highest,
+    first,
+    last,
+    codes,
+    errors,
 ):
     for row in range(weight.shape[0]):
         values = weight[row]
@@ -186,10 +207,8 @@ def _over_rows(rows: int, work: Callable[[slice], None]) -> None:
     """Run ``work`` over contiguous parts of the rows, one a thread."""
     num_threads = max(1, min(torch.get_num_threads(), rows))
     edges = [rows * index // num_threads for index in range(num_threads + 1)]
-    parts = [slice(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    parts = [slice(start, stop) for start, stop in pairwise(edges)]
     if num_threads == 1:
         work(parts[0])
     else:
         list(_threads(torch.get_num_threads()).map(work, parts))
-
-

@@ -27,7 +27,9 @@ def symmetrize(hessian: Tensor) -> None:
     """Copy the upper triangle of ``hessian`` to the lower one, in place."""
     for first in range(0, hessian.shape[0], TILE_COLUMNS):
         last = min(first + TILE_COLUMNS, hessian.shape[0])
-        hessian[first:last, first:last] = hessian[first:last, first:last].triu() + hessian[first:last, first:last].triu(1).T
+        hessian[first:last, first:last] = (
+            hessian[first:last, first:last].triu() + hessian[first:last, first:last].triu(1).T
+        )
         hessian[last:, first:last] = hessian[first:last, last:].T
 
 

@@ -88,8 +88,13 @@ def choose_scales(
     if clip_search and weight.device.type == "cpu":
         shrink = torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS)
         return compiled.search_scales(
-            groups.contiguous(), importance.view(-1, grid.group_size), shrink, grid.lowest, grid.highest,
-            symmetric=grid.symmetric, scale_dtype=grid.scale_dtype,
+            groups.contiguous(),
+            importance.view(-1, grid.group_size),
+            shrink,
+            grid.lowest,
+            grid.highest,
+            symmetric=grid.symmetric,
+            scale_dtype=grid.scale_dtype,
         )
     if clip_search:
         return _search_scales(groups, importance.view(1, -1, grid.group_size), grid)

@@ -29,8 +29,8 @@ class Magnitude(StageOptions):
     mask_structure: Annotated[
         str,
         Field(
-            description="`unstructured`, or `N:M`: at most N of every M consecutive input columns are not zero, for example "
-            "`2:4`."
+            description="`unstructured`, or `N:M`: at most N of every M consecutive input columns are not zero, "
+            "for example `2:4`."
         ),
     ] = "unstructured"
 
@@ -56,7 +56,9 @@ class Magnitude(StageOptions):
         if self.pattern is not None and self.sparsity is not None:
             n, m = self.pattern
             if abs(self.sparsity - (1 - n / m)) > 1e-6:
-                raise ValueError(f"sparsity must be {1 - n / m:g} with mask_structure {self.mask_structure}; leave it out")
+                raise ValueError(
+                    f"sparsity must be {1 - n / m:g} with mask_structure {self.mask_structure}; leave it out"
+                )
         return self
 
     @property
