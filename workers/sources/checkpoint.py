@@ -40,6 +40,20 @@ COMPANIONS = frozenset().union(*TOKENIZERS) | {
     "chat_template.json",
 }
 
+# Keys of config.json and tokenizer_config.json that name Python modules, kernels of the hub, or other files.
+_CODE = frozenset(
+    {
+        "auto_map",
+        "custom_pipelines",
+        "transformers_weights",
+        "attn_implementation",
+        "_attn_implementation",
+        "_attn_implementation_internal",
+        "experts_implementation",
+        "_experts_implementation",
+        "_experts_implementation_internal",
+    }
+)
 _SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -103,7 +117,16 @@ def read_config(source: FileSource) -> dict[str, Any]:
     names = config.get("architectures")
     if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
         raise _refusal("invalid_config", "architectures in config.json is not a list of names.", "Correct it.")
-    return config
+    return without_code(config)
+
+
+def without_code(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings without what makes a loader run code, or open files, that the model's author chose."""
+    return {key: _plain(value) for key, value in settings.items() if key not in _CODE and not key.endswith("_file")}
+
+
+def _plain(value: object) -> object:
+    return without_code(value) if isinstance(value, dict) else value
 
 
 def read_json(source: FileSource, name: str, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -52,9 +51,16 @@ def check_dataset(
 
 
 def load_texts(
-    dataset: Dataset, text_field: str, model_roots: Sequence[Path], token: str | None = None
+    dataset: Dataset,
+    text_field: str,
+    model_roots: Sequence[Path],
+    token: str | None = None,
+    *,
+    commit: str | None = None,
 ) -> Iterator[str]:
     """The documents of a dataset that hold more than white space, in their order, read as they are asked for.
+
+    ``commit`` pins a dataset of the hub.
 
     Raises the UserErrors of :func:`check_dataset` with ``param`` relative: ``dataset`` or ``text_field``.
     """
@@ -63,7 +69,7 @@ def load_texts(
     elif dataset == BUILTIN_DATASET:
         documents = _builtin()
     elif dataset.startswith("hub:"):
-        documents = _hub(dataset, text_field, token)
+        documents = _hub(dataset, text_field, token, commit)
     else:
         documents = _file(dataset.removeprefix("file:"), text_field, model_roots)
     return (text for text in documents if text.strip())
@@ -100,16 +106,32 @@ def parse_hub_dataset(dataset: str) -> tuple[str, str | None, str | None]:
 
 
 def _builtin() -> Iterator[str]:
-    """The prose of Python's own documentation, which every installation carries."""
+    """The prose of Python's own documentation, which every installation carries.
+
+    A fifth of it repeats itself: topics hold one another's sections. Each paragraph is given once, or text set
+    apart for evaluation would be calibrated on.
+    """
+    seen: set[str] = set()
+    for topic in _topics().values():
+        paragraphs = []
+        for paragraph in re.split(r"\n[ \t]*\n", topic):
+            words = " ".join(paragraph.split())
+            if words not in seen:
+                seen.add(words)
+                paragraphs.append(paragraph)
+        yield "\n\n".join(paragraphs)
+
+
+def _topics() -> Mapping[str, str]:
     from pydoc_data.topics import topics
 
-    return iter(cast("Mapping[str, str]", topics).values())
+    return cast("Mapping[str, str]", topics)
 
 
 def builtin_sha256() -> str:
     """Identifies the release of the built-in text: it differs between Python versions."""
     digest = hashlib.sha256()
-    for text in _builtin():
+    for text in _topics().values():
         digest.update(hashlib.sha256(text.encode()).digest())
     return digest.hexdigest()
 
@@ -205,15 +227,13 @@ def _table(file: IO[str], delimiter: str, text_field: str) -> Iterator[str]:
         raise _refusal("invalid_dataset", f"The table cannot be read: {error}.", "Quote it as RFC 4180 says.") from None
 
 
-def _hub(dataset: str, text_field: str, token: str | None) -> Iterator[str]:
-    from workers.sources.hub import dataset_rows
+def _hub(dataset: str, text_field: str, token: str | None, commit: str | None) -> Iterator[str]:
+    from workers.sources.hub import dataset_commit, dataset_rows
 
     name, *options = parse_hub_dataset(dataset)
-    rows = dataset_rows(name, *options, token=token)
-    first = next(rows, None)
-    if first is None:
-        return
-    for row in itertools.chain([first], rows):
+    if commit is None:
+        commit = dataset_commit(name, token=token, timeout_seconds=10.0)
+    for row in dataset_rows(name, commit, *options, token=token):
         yield _text_of(row, text_field, "a row")
 
 

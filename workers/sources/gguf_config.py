@@ -35,7 +35,7 @@ def build_config(
         raise _unsupported("Mixtures of experts are not converted")
     model_type, class_name = _ARCHITECTURES[architecture]
 
-    def number(key: str, default: float | None = None) -> Any:  # noqa: ANN401 - an int or a float, as the file has it
+    def number(key: str, default: float | None = None) -> Any:
         value = metadata.get(f"{architecture}.{key}", default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
             raise UserError(

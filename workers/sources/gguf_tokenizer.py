@@ -57,7 +57,7 @@ def _tokens(metadata: Mapping[str, Any], vocab_size: int) -> list[str]:
     return tokens
 
 
-def _build(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:  # noqa: ANN401 - tokenizers has no stubs
+def _build(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
     """The ``tokenizers.Tokenizer`` of the metadata."""
     from tokenizers import pre_tokenizers, processors
     from transformers.integrations.gguf.gguf_tokenizer_mapping import (

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,6 +52,7 @@ class HubSnapshot:
     name: str
     commit: str
     files: Mapping[str, int]
+    sha256: Mapping[str, str]
     token: str | None
     timeout_seconds: float
 
@@ -79,7 +83,7 @@ class HubSnapshot:
             return bytes(content[:length])
 
     def download(self, names: list[str], destination: Path) -> None:
-        """Fetch ``names`` as real files into ``destination``."""
+        """Fetch ``names`` as real files into ``destination``; what the hub tells of their content must be true."""
         disable_progress_bars()
         with hub_errors("model", self.name):
             snapshot_download(
@@ -91,6 +95,12 @@ class HubSnapshot:
                 endpoint=endpoint(),
                 etag_timeout=self.timeout_seconds,
             )
+        shutil.rmtree(destination / ".cache", ignore_errors=True)
+        for name in names:
+            with (destination / name).open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+            if self.sha256.get(name, digest) != digest:
+                raise _unreachable(f"{name} did not arrive as the hub describes it")
 
 
 def open_snapshot(name: str, revision: str | None, *, token: str | None, timeout_seconds: float) -> HubSnapshot:
@@ -106,6 +116,7 @@ def open_snapshot(name: str, revision: str | None, *, token: str | None, timeout
         if len(siblings) > _MAX_FILES:
             raise _unreachable(f"the repository lists more than {_MAX_FILES} files")
         files: dict[str, int] = {}
+        sha256: dict[str, str] = {}
         for sibling in siblings:
             if not _FILE_NAME.fullmatch(sibling.rfilename):
                 continue
@@ -116,7 +127,9 @@ def open_snapshot(name: str, revision: str | None, *, token: str | None, timeout
             if type(size) is not int or size < 0:
                 raise _unreachable("it does not tell the sizes of files")
             files[sibling.rfilename] = size
-    return HubSnapshot(name, commit, files, token, timeout_seconds)
+            if sibling.lfs is not None:
+                sha256[sibling.rfilename] = sibling.lfs.sha256
+    return HubSnapshot(name, commit, files, sha256, token, timeout_seconds)
 
 
 def dataset_commit(name: str, *, token: str | None, timeout_seconds: float) -> str:
@@ -129,14 +142,13 @@ def dataset_commit(name: str, *, token: str | None, timeout_seconds: float) -> s
         return _commit(info.sha)
 
 
-def dataset_rows(name: str, first: str | None, second: str | None, *, token: str | None) -> Iterator[dict[str, Any]]:
+def dataset_rows(
+    name: str, commit: str, first: str | None, second: str | None, *, token: str | None
+) -> Iterator[dict[str, Any]]:
     """Rows of a dataset, streamed. ``first`` is the configuration, or the split where there is no ``second``.
 
     Raises UserError ``dataset_not_found``, ``dataset_gated`` or ``invalid_dataset``.
     """
-    import tempfile
-
-    commit = dataset_commit(name, token=token, timeout_seconds=10.0)
     # Without this, datasets imports torch for its iterable datasets.
     os.environ.setdefault("USE_TORCH", "0")
     import datasets

@@ -1,0 +1,179 @@
+"""Turns the model and data ids of a request into validated files of the work folder. Never imports torch.
+
+Leaves in ``{work}/source``: ``model/``, ``model.json``, ``data.json``, ``evaluation.jsonl`` and, where a stage needs
+it, ``calibration.jsonl``. This is the only process of a job that has the network and a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from workers.errors import InfrastructureError, UserError
+from workers.recipe import Recipe
+from workers.sources.checkpoint import read_checkpoint, read_json, without_code
+from workers.sources.checkpoint_folder import CheckpointFolder, open_folder, open_model, symlink_refused
+from workers.sources.facts import ModelFacts
+from workers.sources.identifiers import FileId, HubId, ModelId, parse_model_id, parse_revision
+from workers.sources.inspection import facts_of_checkpoint, gguf_in, inspect_gguf
+from workers.sources.texts import write_texts
+
+Emit = Callable[[dict[str, Any]], None]
+
+HUB_TIMEOUT_SECONDS = 30.0
+_SPARE_BYTES = 1 << 30
+# Files whose keys could make a loader run code: given cleaned, where there is something to clean.
+_SETTINGS = ("config.json", "tokenizer_config.json")
+
+
+def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
+    """Fetch what ``request`` names into ``work``; ``emit`` hears progress and the revision.
+
+    Raises UserError or InfrastructureError; see :mod:`workers.sources`.
+    """
+    recipe = Recipe.model_validate(request["recipe"])
+    model_roots = [Path(root) for root in request["model_roots"]]
+    model = parse_model_id(request["model"]["id"])
+    revision = parse_revision(request["model"].get("revision"), model)
+    source = work / "source"
+    destination = source / "model"
+    shutil.rmtree(destination, ignore_errors=True)
+    destination.mkdir(parents=True)
+
+    facts = _fetch_model(request["model"]["id"], model, revision, model_roots, source, emit)
+    if revision is not None and not isinstance(model, HubId) and facts.revision != revision:
+        raise UserError(
+            "revision_not_found",
+            f"The content of {facts.model_id} has changed: its digest is now {facts.revision}.",
+            param="model.revision",
+            hint="Leave the revision out to take the content as it is.",
+        )
+    emit({"event": "resolved", "revision": facts.revision, "model": _summary(facts)})
+    data = write_texts(recipe, source, model_roots)
+    _write_json(source / "data.json", data)
+    _write_json(source / "model.json", {**facts.to_dict(), "fingerprint": _fingerprint(destination)})
+    emit(_progress(1.0))
+
+
+def _fetch_model(
+    model_id: str, model: ModelId, revision: str | None, model_roots: Sequence[Path], source: Path, emit: Emit
+) -> ModelFacts:
+    destination = source / "model"
+    if isinstance(model, HubId):
+        return _fetch_from_hub(model.name, model_id, revision, destination)
+    if isinstance(model, FileId):
+        with open_model(model.parts, model_roots) as (folder, gguf_name):
+            gguf_name = gguf_name or gguf_in(folder)
+            if gguf_name is not None:
+                return _convert(model_id, folder, gguf_name, destination, emit)
+            return _link(model_id, folder, destination)
+    with open_folder(source / "artifact") as folder:
+        return _link(model_id, folder, destination)
+
+
+def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> ModelFacts:
+    """Check a folder of safetensors and give links to its files: a copy would cost minutes and as much disk."""
+    facts = facts_of_checkpoint(model_id, None, read_checkpoint(folder))
+    names = [name for name, _ in facts.files]
+    for name in names:
+        target = folder.path / name
+        descriptor = folder.open(name)
+        try:
+            checked, linked = os.fstat(descriptor), target.lstat()
+        finally:
+            os.close(descriptor)
+        # The path is opened again by others: it must be the file that was checked.
+        if (checked.st_dev, checked.st_ino) != (linked.st_dev, linked.st_ino):
+            raise symlink_refused(name)
+        (destination / name).symlink_to(target)
+    _clean_settings(folder, destination)
+    return replace(facts, revision=_content_digest(folder, names))
+
+
+def _convert(model_id: str, folder: CheckpointFolder, name: str, destination: Path, emit: Emit) -> ModelFacts:
+    from workers.sources.gguf import convert_gguf
+
+    facts = inspect_gguf(model_id, folder, name)
+    _check_space(destination, facts.parameter_bytes)
+    descriptor = folder.open(name)
+    try:
+        # The descriptor's own path: no other file can take the checked one's place.
+        convert_gguf(Path(f"/proc/self/fd/{descriptor}"), destination, lambda fraction: emit(_progress(0.9 * fraction)))
+    finally:
+        os.close(descriptor)
+    with open_folder(destination) as converted:
+        facts_of_checkpoint(model_id, None, read_checkpoint(converted))
+    return replace(facts, revision=_content_digest(folder, [name]))
+
+
+def _fetch_from_hub(name: str, model_id: str, revision: str | None, destination: Path) -> ModelFacts:
+    from workers.sources.hub import open_snapshot
+
+    snapshot = open_snapshot(name, revision, token=None, timeout_seconds=HUB_TIMEOUT_SECONDS)
+    # Headers first, by range requests: gigabytes of an unusable model are not worth the wait.
+    announced = facts_of_checkpoint(model_id, snapshot.commit, read_checkpoint(snapshot, num_threads=8))
+    _check_space(destination, sum(size for _, size in announced.files))
+    snapshot.download([name for name, _ in announced.files], destination)
+    with open_folder(destination) as folder:
+        facts = facts_of_checkpoint(model_id, snapshot.commit, read_checkpoint(folder))
+        _clean_settings(folder, destination)
+    return facts
+
+
+def _clean_settings(folder: CheckpointFolder, destination: Path) -> None:
+    for name in _SETTINGS:
+        if name in folder.files:
+            settings = read_json(folder, name)
+            cleaned = without_code(settings)
+            if cleaned != settings:
+                (destination / name).unlink()
+                _write_json(destination / name, cleaned)
+
+
+def _content_digest(folder: CheckpointFolder, names: Sequence[str]) -> str:
+    """40 hex digits that change when a name or a byte does."""
+
+    def digest(name: str) -> str:
+        with os.fdopen(folder.open(name), "rb", buffering=0) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        digests = list(pool.map(digest, sorted(names)))
+    listing = json.dumps(list(zip(sorted(names), digests, strict=True)))
+    return hashlib.sha256(listing.encode()).hexdigest()[:40]
+
+
+def _fingerprint(folder: Path) -> dict[str, list[int]]:
+    """Size and time of change of every file, to notice one that changes while the job runs."""
+    found = {path.name: path.stat() for path in sorted(folder.iterdir())}
+    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
+
+
+def _check_space(folder: Path, wanted_bytes: int) -> None:
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < wanted_bytes + _SPARE_BYTES:
+        raise InfrastructureError(
+            "disk_full",
+            f"The model needs {wanted_bytes} bytes and the worker has {free_bytes} bytes of free disk.",
+            hint="Free space under ATTAR_WORK_DIR, or use a worker with a larger disk.",
+        )
+
+
+def _summary(facts: ModelFacts) -> dict[str, Any]:
+    told = facts.to_dict()
+    return {key: told[key] for key in ("source_format", "num_parameters", "parameter_bytes", "source_file_bytes")}
+
+
+def _progress(fraction: float) -> dict[str, Any]:
+    return {"event": "progress", "fraction": fraction, "step": "fetch"}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
