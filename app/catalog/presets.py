@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from workers.recipe import Recipe
-from workers.techniques import GPTQ, Magnitude, RoundToNearest
 
 
 @dataclass(frozen=True)
@@ -17,28 +17,32 @@ class Preset:
     recipe: Recipe
 
 
+def _recipe(*stages: dict[str, Any]) -> Recipe:
+    return Recipe.model_validate({"stages": list(stages)})
+
+
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset(
             "int8",
             "8-bit weights, one scale a channel. About half of the bytes, hardly any loss; takes seconds.",
-            Recipe(stages=[RoundToNearest(scheme="W8A16", group_size=None)]),
+            _recipe({"technique": "round_to_nearest", "scheme": "W8A16", "group_size": None}),
         ),
         Preset(
             "int4",
             "4-bit weights by GPTQ, in groups of 64. About a third of the bytes; needs calibration text and minutes.",
-            Recipe(stages=[GPTQ(scheme="W4A16", group_size=64)]),
+            _recipe({"technique": "gptq", "scheme": "W4A16", "group_size": 64}),
         ),
         Preset(
             "int4-fast",
             "4-bit weights by rounding, in groups of 64, with clip search. No calibration; loses more than int4.",
-            Recipe(stages=[RoundToNearest(scheme="W4A16", group_size=64, clip_search=True)]),
+            _recipe({"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 64, "clip_search": True}),
         ),
         Preset(
             "sparse50",
             "Half of all weights of the linear layers become zero, the smallest first. The bytes on disk stay.",
-            Recipe(stages=[Magnitude(sparsity=0.5)]),
+            _recipe({"technique": "magnitude", "sparsity": 0.5}),
         ),
     )
 }

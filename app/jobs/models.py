@@ -44,7 +44,7 @@ class Job(Base):
     revision: Mapped[str | None] = mapped_column(Text)  # 40 hex digits once resolved
     recipe: Mapped[dict[str, Any]] = mapped_column(JSONB)  # resolved: every default filled in
     # The recipe as answers show it, where that is shorter: a poll must not carry megabytes of inline texts.
-    shown_recipe: Mapped[dict[str, Any] | None] = mapped_column(JSONB)
+    shown_recipe: Mapped[dict[str, Any] | None] = mapped_column(JSONB(none_as_null=True))
     recipe_version: Mapped[int]
     constraints: Mapped[dict[str, Any]] = mapped_column(JSONB, server_default="{}")
     queue: Mapped[str] = mapped_column(Text)

@@ -1,0 +1,70 @@
+"""Small random models with real tokenizers, written as `save_pretrained` writes them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+_SENTENCES = (
+    "The quick brown fox jumps over the lazy dog.",
+    "Large language models are made smaller by pruning and quantization.",
+    "def compress(model): return model  # a comment with 0123456789 numbers",
+    "A statement is executed for its effect; an expression is evaluated for its value.",
+)
+
+
+def write_tiny_llama(
+    folder: Path,
+    *,
+    num_layers: int = 2,
+    hidden_size: int = 64,
+    intermediate_size: int = 128,
+    vocab_size: int = 384,
+    tie: bool = True,
+    seed: int = 0,
+) -> None:
+    """Write a random Llama in bfloat16, its tokenizer trained on a few sentences, to ``folder``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tokenizer(folder, vocab_size)
+    config = LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=tie,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+        dtype="bfloat16",
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+    model.bfloat16()
+    model.save_pretrained(folder)
+
+
+def write_tokenizer(folder: Path, vocab_size: int) -> None:
+    """Write a byte-level BPE tokenizer of at most ``vocab_size`` tokens; any text can be encoded."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(_SENTENCES, trainer)
+    folder.mkdir(parents=True, exist_ok=True)
+    special = "<|endoftext|>"
+    PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token=special, eos_token=special, pad_token=special
+    ).save_pretrained(folder)
