@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from app.database import Database
-from app.errors import UnauthorizedError
 from app.files import write_private
-from app.keys import service as keys
+
+if TYPE_CHECKING:
+    from app.database import Database
 
 KEY_NAME = "made by attar serve"
 
@@ -38,6 +39,10 @@ def read_credentials(home: Path) -> Credentials | None:
 
 def ensure_credentials(home: Path, database: Database, url: str) -> Credentials:
     """Keep the key of an earlier start where the database still accepts it, else make one; note the address."""
+    # Imported here, as the command line reads credentials and needs no database for that.
+    from app.errors import UnauthorizedError
+    from app.keys import service as keys
+
     known = read_credentials(home)
     with database.transaction() as session:
         api_key = known.api_key if known is not None else ""

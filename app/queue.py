@@ -83,6 +83,7 @@ def run_worker(queue: str) -> None:
     """Be a worker of ``queue`` until SIGTERM. The work itself happens in other processes, so one thread is enough."""
     celery.worker_main(
         [
+            "--quiet",
             "worker",
             "--pool=threads",
             "--concurrency=1",

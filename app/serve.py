@@ -195,7 +195,11 @@ def running_service(
             each.start()
         _wait_ready(service)
         say(f"API, dispatcher and {num_workers} worker{'s' if num_workers != 1 else ''} started: {url}")
-        yield service
+        try:
+            yield service
+        except StopRequested:
+            say("Stopping")
+            raise
 
 
 def _start_servers(settings: Settings, stack: ExitStack, say: Say) -> local.LocalServers | None:
@@ -215,11 +219,17 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
         listener = socket.create_server((host, port), family=family, backlog=2048)
     except OSError as error:
         raise ServeError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}",
+            f"cannot listen on {host} port {port}: {_reason(error)}",
             hint="choose another with --port, or stop what listens there",
         ) from error
     with listener:
         yield listener
+
+
+def _reason(error: OSError) -> str:
+    """What the system says, without what the library adds; unknown host names have an errno of their own."""
+    known = error.errno is not None and not isinstance(error, socket.gaierror)
+    return os.strerror(error.errno) if known else str(error.strerror or error)
 
 
 def _reachable_host(address: str) -> str:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from app.cli.output import Failed
 from app.client import Client
 from app.credentials import read_credentials
-from app.database import Database
-from app.local import running_servers
 from app.settings import get_settings
+
+if TYPE_CHECKING:
+    from app.database import Database
 
 DEFAULT_URL = "http://127.0.0.1:8000"
 
@@ -31,6 +33,9 @@ def open_client() -> Client:
 @contextmanager
 def open_database() -> Iterator[Database]:
     """The database of the settings, else the one of a running `attar serve`."""
+    from app.database import Database
+    from app.local import running_servers
+
     settings = get_settings()
     url = settings.database_url
     if url is None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from app.cli.connection import open_client
 from app.cli.display import JobDisplay, describe
@@ -100,8 +100,16 @@ def list_jobs(
     if as_json:
         print_json(page)
         return
-    table = Table("id", "status", "", "model", "recipe", "created", box=None, pad_edge=False)
-    table.columns[0].no_wrap = True
+    table = Table(
+        Column("id", no_wrap=True, overflow="fold"),
+        "status",
+        "",
+        "model",
+        "recipe",
+        "created",
+        box=None,
+        pad_edge=False,
+    )
     for job in page["data"]:
         fraction = float(job["progress"].get("fraction") or 0)
         progress = f"{100 * fraction:.0f} %" if job["status"] in ("running", "pausing", "cancelling") else ""

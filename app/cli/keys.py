@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from app.cli.connection import open_database
 from app.cli.output import AsJson, Failed, console, errors, plain, print_json
-from app.errors import ServiceError
-from app.keys import service
-from app.keys.models import ApiKey
+
+if TYPE_CHECKING:
+    from app.keys.models import ApiKey
 
 application = typer.Typer(help="Make, list and revoke API keys.", no_args_is_help=True)
 
@@ -19,10 +19,13 @@ application = typer.Typer(help="Make, list and revoke API keys.", no_args_is_hel
 @application.command()
 def create(
     name: Annotated[str, typer.Argument(help="What the key is for.")],
-    tenant: Annotated[str, typer.Option(help="Whose jobs it sees.")] = service.DEFAULT_TENANT,
+    tenant: Annotated[str, typer.Option(help="Whose jobs it sees.")] = "default",
     as_json: AsJson = False,
 ) -> None:
     """Make a key. It is shown once."""
+    from app.errors import ServiceError
+    from app.keys import service
+
     with open_database() as database:
         try:
             with database.transaction() as session:
@@ -33,18 +36,29 @@ def create(
         print_json({**_view(key), "api_key": secret})
         return
     console.print(secret, soft_wrap=True)
-    errors.print(f"{key.id} of tenant {key.tenant_id}; keep the key, it is not shown again")
+    errors.print(f"{key.id} of tenant {key.tenant_id}; keep the key, it is not shown again", soft_wrap=True)
 
 
 @application.command("list")
 def list_keys(as_json: AsJson = False) -> None:
     """List every key; never the keys themselves."""
+    from app.keys import service
+
     with open_database() as database, database.transaction() as session:
         keys = service.list_keys(session)
     if as_json:
         print_json({"object": "list", "data": [_view(key) for key in keys]})
         return
-    table = Table("id", "name", "tenant", "begins with", "created", "revoked", box=None, pad_edge=False)
+    table = Table(
+        Column("id", no_wrap=True, overflow="fold"),
+        "name",
+        "tenant",
+        "begins with",
+        "created",
+        "revoked",
+        box=None,
+        pad_edge=False,
+    )
     for key in keys:
         revoked = f"{key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else "-"
         created = f"{key.created_at:%Y-%m-%d %H:%M}"
@@ -55,6 +69,9 @@ def list_keys(as_json: AsJson = False) -> None:
 @application.command()
 def revoke(key_id: Annotated[str, typer.Argument(metavar="ID")], as_json: AsJson = False) -> None:
     """Make a key useless from now on."""
+    from app.errors import ServiceError
+    from app.keys import service
+
     with open_database() as database:
         try:
             with database.transaction() as session:

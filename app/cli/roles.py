@@ -6,17 +6,15 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated
 
 import typer
-from sqlalchemy.exc import OperationalError
 
 from app.cli.output import Failed, errors
-from app.local import LocalServersError
 from app.logs import configure_logging
-from app.serve import ServeError, StopRequested, running_service, stop_signals
 from app.settings import SettingMissingError, Settings, get_settings
 
 CHECK_SECONDS = 0.5
@@ -31,6 +29,11 @@ def register(application: typer.Typer) -> None:
 @contextmanager
 def explained() -> Iterator[None]:
     """Turn what keeps a role from starting into a message and an exit code."""
+    from sqlalchemy.exc import OperationalError
+
+    from app.local import LocalServersError
+    from app.serve import ServeError
+
     try:
         yield
     except SettingMissingError as error:
@@ -51,6 +54,8 @@ def serve(
     workers: Annotated[int, typer.Option(min=0, max=64, help="Worker processes; each runs one job.")] = 1,
 ) -> None:
     """Run API, dispatcher and workers until Ctrl-C, with embedded PostgreSQL and Redis unless others are set."""
+    from app.serve import StopRequested, running_service, stop_signals
+
     settings = _settings(host, port)
     configure_logging(settings, "serve")
     with explained(), stop_signals():
@@ -112,6 +117,8 @@ def worker(
     """Run one worker, which works on one job at a time."""
     from app.queue import connect, run_worker
 
+    # Celery warns of root because messages could hold code; ours are JSON and hold the name of a queue.
+    warnings.filterwarnings("ignore", message="You're running the worker with superuser privileges")
     settings = get_settings()
     configure_logging(settings, "worker")
     with explained():
