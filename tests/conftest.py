@@ -115,3 +115,10 @@ def _create_database(url: str, name: str, template: str = "template0") -> None:
 def _with_path(url: str, path: str) -> str:
     """The same server, another database of it."""
     return urlunsplit(urlsplit(url)._replace(path=f"/{path}"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Whatever needs the servers is a service test."""
+    for item in items:
+        if "servers" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.service)

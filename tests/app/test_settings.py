@@ -1,0 +1,37 @@
+from pathlib import Path
+
+import pytest
+
+from app.settings import SettingMissingError, Settings
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.delenv(f"ATTAR_{name.upper()}", raising=False)
+
+
+def test_paths_follow_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTAR_HOME", "/srv/attar")
+    settings = Settings()
+    assert settings.model_roots == [Path("/srv/attar/models")]
+    assert settings.work_dir == Path("/srv/attar/work")
+
+
+def test_model_roots_are_separated_like_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTAR_MODEL_ROOTS", "/srv/models:~/models:")
+    assert Settings().model_roots == [Path("/srv/models"), Path("~/models").expanduser()]
+
+
+def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTAR_DATABASE_URL", "")
+    monkeypatch.setenv("ATTAR_PORT", "")
+    assert Settings().database_url is None
+    assert Settings().port == 8000
+
+
+def test_a_role_that_needs_a_missing_url_says_what_to_do() -> None:
+    with pytest.raises(SettingMissingError, match="set ATTAR_DATABASE_URL or run attar serve"):
+        _ = Settings().required_database_url
+    with pytest.raises(SettingMissingError, match="ATTAR_REDIS_URL"):
+        _ = Settings().required_redis_url
