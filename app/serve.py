@@ -228,8 +228,9 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 def _reason(error: OSError) -> str:
     """What the system says, without what the library adds; unknown host names have an errno of their own."""
-    known = error.errno is not None and not isinstance(error, socket.gaierror)
-    return os.strerror(error.errno) if known else str(error.strerror or error)
+    if error.errno is None or isinstance(error, socket.gaierror):
+        return str(error.strerror or error)
+    return os.strerror(error.errno)
 
 
 def _reachable_host(address: str) -> str:
