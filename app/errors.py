@@ -5,6 +5,7 @@ ServiceError                 status, code, message, param, hint
 ├── UnauthorizedError        401  no key, or one that is not valid
 ├── ForbiddenError           403  the key, or the hub's token, does not reach that far
 ├── NotFoundError            404  there is no such thing for this tenant
+│   └── JobNotFoundError     404  no such job, or another tenant's
 ├── ConflictError            409  the thing's status forbids it
 │   └── JobConflictError     409  the job's status forbids it
 ├── PreconditionError        412  the entity is not the one that the caller named
@@ -82,6 +83,13 @@ class NotFoundError(ServiceError):
     """There is no such thing for this tenant."""
 
     status = 404
+
+
+class JobNotFoundError(NotFoundError):
+    """The tenant has no such job, whoever else has it."""
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__("job_not_found", f"There is no job {job_id[:100]!r}.")
 
 
 class ConflictError(ServiceError):
@@ -218,25 +226,31 @@ def _validation_error(request: Request, error: Exception) -> JSONResponse:
     )
 
 
-_HTTP_CODES = {
-    400: "invalid_json",
-    404: "route_not_found",
-    405: "method_not_allowed",
-    413: "body_too_large",
-}
+def body_too_large() -> JSONResponse:
+    """The answer to a body over the service's limit."""
+    return problem(
+        413,
+        "body_too_large",
+        "The body is larger than this service accepts.",
+        hint="Put long texts into a dataset file (`file:NAME`).",
+    )
 
 
 def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the framework itself refuses; 400 is its word for a body that it could not parse."""
+    """What the framework itself refuses."""
     assert isinstance(error, HTTPException)
-    code = _HTTP_CODES.get(error.status_code) or HTTPStatus(error.status_code).name.lower()
-    detail = {
-        404: f"There is no {request.url.path}.",
-        405: f"{request.method} is not allowed on {request.url.path}.",
-        413: "The body is larger than this service accepts.",
-    }.get(error.status_code, str(error.detail))
-    hint = {413: "Put long texts into a dataset file (`file:NAME`)."}.get(error.status_code)
-    return problem(error.status_code, code, detail, hint=hint, headers=error.headers)
+    method, path = request.method, request.url.path
+    match error.status_code:
+        case 400:  # the framework's word for a body that it could not parse
+            return problem(400, "invalid_json", str(error.detail), hint="Send a JSON object.")
+        case 404:
+            return problem(404, "route_not_found", f"There is no {path}.")
+        case 405:
+            return problem(405, "method_not_allowed", f"{method} is not allowed on {path}.", headers=error.headers)
+        case 413:
+            return body_too_large()
+        case status:
+            return problem(status, HTTPStatus(status).name.lower(), str(error.detail), headers=error.headers)
 
 
 def _storage_error(request: Request, error: Exception) -> JSONResponse:

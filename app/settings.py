@@ -21,8 +21,8 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(env_prefix="ATTAR_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     # Where things are. Null URLs mean the embedded servers, which `attar serve` starts.
-    database_url: str | None = None
-    redis_url: str | None = None
+    database_url: Annotated[str | None, Field(repr=False)] = None  # repr=False: they hold passwords
+    redis_url: Annotated[str | None, Field(repr=False)] = None
     home: Path = Path("~/.attar")
     # Folders that `file:` models and datasets may lie in, separated like PATH in the environment.
     model_roots: Annotated[list[Path], NoDecode] = Field(default_factory=lambda data: [data["home"] / "models"])

@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 from app.artifacts import repository
 from app.artifacts.models import Artifact, ArtifactFile
 from app.artifacts.publishing import PublishedArtifact, PublishedFile, artifact_prefix, publish
-from app.errors import NotFoundError
+from app.errors import JobNotFoundError, NotFoundError
+from app.jobs.models import JOB_ID
 from app.storage import ObjectMissingError, Storage, StorageError
 
 __all__ = ["PublishedArtifact", "PublishedFile", "artifact_prefix", "discard", "publish", "record"]
@@ -45,31 +46,32 @@ def discard(storage: Storage, prefix: str) -> None:
 
 def list_files(session: Session, tenant_id: str, job_id: str) -> tuple[Artifact | None, list[ArtifactFile]]:
     """The artifact of a job and its files; no artifact and no files while there is none."""
-    artifact = repository.find_artifact(session, tenant_id, job_id)
-    if artifact is None:
-        if not repository.job_exists(session, tenant_id, job_id):
-            raise NotFoundError("job_not_found", f"There is no job {job_id}.")
-        return None, []
-    return artifact, repository.list_files(session, artifact.id)
+    artifact = _artifact_of(session, tenant_id, job_id)
+    return artifact, repository.list_files(session, artifact.id) if artifact is not None else []
 
 
 def find_file(session: Session, tenant_id: str, job_id: str, path: str) -> StoredFile:
     """One file of a job's artifact."""
-    artifact = repository.find_artifact(session, tenant_id, job_id)
+    artifact = _artifact_of(session, tenant_id, job_id)
     if artifact is None:
-        if not repository.job_exists(session, tenant_id, job_id):
-            raise NotFoundError("job_not_found", f"There is no job {job_id}.")
         raise NotFoundError(
             "artifact_not_found", f"Job {job_id} has no artifact.", hint="A job has one once it has succeeded."
         )
-    file = repository.find_file(session, artifact.id, path)
+    file = repository.find_file(session, artifact.id, path) if path.isprintable() else None
     if file is None:
         raise NotFoundError(
             "file_not_found",
-            f"The artifact of job {job_id} has no file {path!r}.",
+            f"The artifact of job {job_id} has no file {path[:200]!r}.",
             hint=f"GET /v1/jobs/{job_id}/artifacts lists its files.",
         )
     return StoredFile(f"{artifact.prefix}/{file.path}", file.path, file.size_bytes, file.sha256)
+
+
+def _artifact_of(session: Session, tenant_id: str, job_id: str) -> Artifact | None:
+    """The artifact of a job, if it has one; raises JobNotFoundError."""
+    if not JOB_ID.fullmatch(job_id) or not repository.job_exists(session, tenant_id, job_id):
+        raise JobNotFoundError(job_id)
+    return repository.find_artifact(session, tenant_id, job_id)
 
 
 def open_file(storage: Storage, file: StoredFile, start: int, length: int) -> Iterator[bytes]:

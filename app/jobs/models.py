@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from typing import Any
 
@@ -13,6 +14,8 @@ from app.database import Base
 
 STATUSES = ("queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled")
 ENDED = ("succeeded", "failed", "cancelled")
+
+JOB_ID = re.compile(r"job_[0-9A-HJKMNP-TV-Z]{26}")
 
 
 class Job(Base):

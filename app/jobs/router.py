@@ -12,6 +12,7 @@ from app.auth import CurrentPrincipal
 from app.dependencies import AppParts
 from app.errors import responses
 from app.jobs import service
+from app.jobs.models import JOB_ID
 from app.jobs.schemas import JobList, JobSubmission, JobView, Status
 from app.jobs.service import Idempotency, JobService
 from app.jobs.views import view_of
@@ -82,7 +83,7 @@ def list_jobs(
     principal: CurrentPrincipal,
     parts: AppParts,
     after: Annotated[
-        str | None, Query(pattern=f"^{service.JOB_ID.pattern}$", description="The `last_id` of the page before.")
+        str | None, Query(pattern=f"^{JOB_ID.pattern}$", description="The `last_id` of the page before.")
     ] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     status: Status | None = None,

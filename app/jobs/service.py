@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +14,10 @@ from ulid import ULID
 from app import queue
 from app.attempts import service as attempts
 from app.database import Database
-from app.errors import InvalidRequestError, NotFoundError
+from app.errors import InvalidRequestError, JobNotFoundError, NotFoundError
 from app.events import repository as events
 from app.jobs import preflight, repository
-from app.jobs.models import Job
+from app.jobs.models import JOB_ID, Job
 from app.jobs.repository import ShownJob
 from app.jobs.schemas import JobSubmission
 from app.settings import Settings
@@ -26,8 +25,6 @@ from app.storage import Storage
 from workers.sources.facts import ModelFacts
 
 logger = logging.getLogger(__name__)
-
-JOB_ID = re.compile(r"job_[0-9A-HJKMNP-TV-Z]{26}")
 
 _SHOWN_TEXT_CHARACTERS = 2_000
 
@@ -92,7 +89,7 @@ def get(session: Session, tenant_id: str, job_id: str) -> ShownJob:
     """One of the tenant's jobs; raises NotFoundError ``job_not_found``."""
     found = repository.find(session, tenant_id, job_id) if JOB_ID.fullmatch(job_id) else None
     if found is None:
-        raise job_not_found(job_id)
+        raise JobNotFoundError(job_id)
     return found
 
 
@@ -108,7 +105,7 @@ def get_report(session: Session, tenant_id: str, job_id: str) -> dict[str, Any]:
     """What was measured; raises NotFoundError while there is nothing yet."""
     found = repository.find_report(session, tenant_id, job_id) if JOB_ID.fullmatch(job_id) else None
     if found is None:
-        raise job_not_found(job_id)
+        raise JobNotFoundError(job_id)
     status, report = found
     if report is None:
         raise NotFoundError(
@@ -123,14 +120,9 @@ def cancel(session: Session, tenant_id: str, job_id: str) -> ShownJob:
     """Cancel a job that waits, or ask the worker of one that runs to stop; raises JobConflictError for an ended one."""
     status = attempts.request_cancel(session, tenant_id, job_id) if JOB_ID.fullmatch(job_id) else None
     if status is None:
-        raise job_not_found(job_id)
+        raise JobNotFoundError(job_id)
     logger.info("cancel requested", extra={"job_id": job_id, "status": status})
     return get(session, tenant_id, job_id)
-
-
-def job_not_found(job_id: str) -> NotFoundError:
-    """The answer for an id that the tenant does not have, whoever else has it."""
-    return NotFoundError("job_not_found", f"There is no job {job_id[:100]!r}.")
 
 
 def new_job(tenant_id: str, submission: JobSubmission, facts: ModelFacts, default_queue: str) -> Job:
