@@ -49,7 +49,8 @@ class DemoFailedError(Exception):
 def run_demo() -> None:
     """Run the demo; exits with 0 when the result was downloaded and verified, else with 1, or 130 when interrupted."""
     settings = _settings()
-    configure_logging(settings, "demo")
+    # What is told on the way to a terminal; each role writes its own log.
+    configure_logging(settings.model_copy(update={"log_level": "WARNING"}), "demo")
     begin = time.monotonic()
     _say(f"Everything of this demo lies in {settings.home}")
     try:

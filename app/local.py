@@ -13,14 +13,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Self
 
-from app.embedded.account import Account, servers_account
+from app.embedded.account import SYSTEM_FOLDER, Account, servers_account
 from app.embedded.binaries import find_binaries
 from app.embedded.errors import HomeInUseError, LocalServersError
 from app.embedded.postgres import EmbeddedPostgres
 from app.embedded.redis_server import EmbeddedRedis
 from app.files import write_private
 
-__all__ = ["HomeInUseError", "LocalServers", "LocalServersError", "ServerUrls", "running_servers", "start_servers"]
+__all__ = ["HomeInUseError", "LocalServers", "LocalServersError", "ServerUrls", "remove_servers", "running_servers", "start_servers"]
 
 
 @dataclass(frozen=True)
@@ -102,6 +102,18 @@ def start_servers(home: Path, *, temporary: bool = False) -> LocalServers:
     return servers
 
 
+def remove_servers(home: Path) -> None:
+    """Delete the servers' data of ``home``: every job and key that they hold. Raises HomeInUseError while they run."""
+    if not (home / "servers.lock").exists():
+        return
+    with _lock(home.absolute()):
+        name_file = home / "servers.name"
+        if name_file.exists():
+            shutil.rmtree(SYSTEM_FOLDER / name_file.read_text().strip(), ignore_errors=True)
+            name_file.unlink()
+        shutil.rmtree(home / "servers", ignore_errors=True)
+
+
 def running_servers(home: Path) -> ServerUrls | None:
     """The servers that another process runs for ``home``; None where none runs."""
     try:
@@ -150,6 +162,6 @@ def _data_folder(home: Path, account: Account) -> Path:
     name_file = home / "servers.name"
     if not name_file.exists():
         write_private(name_file, secrets.token_hex(8))
-    folder = account.shared_folder / name_file.read_text()
+    folder = account.shared_folder / name_file.read_text().strip()
     folder.mkdir(mode=0o711, exist_ok=True)
     return folder
