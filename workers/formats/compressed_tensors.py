@@ -67,17 +67,15 @@ def quantization_config(
 
 def _scheme(grid: Grid, in_features: int, packing: Packing) -> QuantizationScheme:
     whole_row = grid.group_size == in_features
-    return QuantizationScheme(
-        targets=["Linear"],
-        weights=QuantizationArgs(
-            num_bits=grid.num_bits,
-            type="int",
-            symmetric=grid.symmetric,
-            strategy="channel" if whole_row else "group",
-            group_size=None if whole_row else grid.group_size,
-        ),
-        format=packing,
-    )
+    strategy: dict[str, Any] = {"strategy": "group", "group_size": grid.group_size}
+    if whole_row:
+        strategy = {"strategy": "channel"}
+    if packing == "pack-quantized" and not grid.symmetric:
+        # Packed zero-points of groups and channels do not open in transformers 5.23: its skeleton expects them
+        # unpacked. A block of one row is the same grid, and its zero-points are never packed.
+        strategy = {"strategy": "block", "block_structure": [1, grid.group_size]}
+    weights = QuantizationArgs(num_bits=grid.num_bits, type="int", symmetric=grid.symmetric, **strategy)
+    return QuantizationScheme(targets=["Linear"], weights=weights, format=packing)
 
 
 def _patterns(names: list[str]) -> list[str]:
