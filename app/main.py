@@ -8,11 +8,9 @@ from importlib.metadata import version
 
 from fastapi import FastAPI
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-
 from app import errors, queue
 from app.artifacts.router import router as artifacts
+from app.body_limit import BodyLimit
 from app.catalog.router import router as catalog
 from app.database import Database
 from app.dependencies import Parts
@@ -50,27 +48,10 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=DESCRIPTION,
         version=version("attar"),
         lifespan=lifespan,
-        max_body_size=settings.max_body_bytes,
         redoc_url=None,
     )
-    app.add_middleware(DeclaredSizeLimit, max_body_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     errors.install(app)
     for router in (jobs, events, artifacts, catalog, health):
         app.include_router(router)
     return app
-
-
-class DeclaredSizeLimit:
-    """Refuses a body that says it is too large; FastAPI's own limit, for bodies that do not say, answers in prose."""
-
-    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
-        self._app = app
-        self._max_body_bytes = max_body_bytes
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer 413 or go on."""
-        declared = Headers(scope=scope).get("content-length", "") if scope["type"] == "http" else ""
-        if declared.isdecimal() and int(declared) > self._max_body_bytes:
-            await errors.body_too_large()(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
