@@ -20,7 +20,15 @@ from app.embedded.postgres import EmbeddedPostgres
 from app.embedded.redis_server import EmbeddedRedis
 from app.files import write_private
 
-__all__ = ["HomeInUseError", "LocalServers", "LocalServersError", "ServerUrls", "remove_servers", "running_servers", "start_servers"]
+__all__ = [
+    "HomeInUseError",
+    "LocalServers",
+    "LocalServersError",
+    "ServerUrls",
+    "remove_servers",
+    "running_servers",
+    "start_servers",
+]
 
 
 @dataclass(frozen=True)
