@@ -24,11 +24,13 @@ from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import FileId, HubId, ModelId, parse_model_id, parse_revision
 from workers.sources.inspection import facts_of_checkpoint, gguf_in, inspect_gguf
 from workers.sources.texts import write_texts
+from workers.sources.tokenizer_file import TOKENIZER_JSON, check_tokenizer_json
 
 Emit = Callable[[dict[str, Any]], None]
 
 HUB_TIMEOUT_SECONDS = 30.0
 _SPARE_BYTES = 1 << 30
+_MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
 # Files whose keys could make a loader run code: given cleaned, where there is something to clean.
 _SETTINGS = ("config.json", "tokenizer_config.json")
 
@@ -94,6 +96,7 @@ def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> ModelFa
             raise symlink_refused(name)
         (destination / name).symlink_to(target)
     _clean_settings(folder, destination)
+    _check_tokenizer(folder)
     return replace(facts, revision=_content_digest(folder, names))
 
 
@@ -124,6 +127,7 @@ def _fetch_from_hub(name: str, model_id: str, revision: str | None, destination:
     with open_folder(destination) as folder:
         facts = facts_of_checkpoint(model_id, snapshot.commit, read_checkpoint(folder))
         _clean_settings(folder, destination)
+        _check_tokenizer(folder)
     return facts
 
 
@@ -135,6 +139,19 @@ def _clean_settings(folder: CheckpointFolder, destination: Path) -> None:
             if cleaned != settings:
                 (destination / name).unlink()
                 _write_json(destination / name, cleaned)
+
+
+def _check_tokenizer(folder: CheckpointFolder) -> None:
+    size_bytes = folder.files.get(TOKENIZER_JSON, 0)
+    if size_bytes > _MAX_TOKENIZER_BYTES:
+        raise UserError(
+            "invalid_tokenizer",
+            f"tokenizer.json has {size_bytes} bytes.",
+            param="model.id",
+            hint=f"At most {_MAX_TOKENIZER_BYTES} bytes are read.",
+        )
+    if TOKENIZER_JSON in folder.files:
+        check_tokenizer_json(folder.read(TOKENIZER_JSON, 0, size_bytes))
 
 
 def _content_digest(folder: CheckpointFolder, names: Sequence[str]) -> str:

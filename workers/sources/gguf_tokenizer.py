@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import UserError
+from workers.sources.tokenizer_file import tokenizer_failures
 
 # Splits of text before merging that GPT-2's own rule, or a digit at a time before it, stands for.
 _GPT2_SPLITS = frozenset({"gpt-2"})
 _DIGITS_FIRST = frozenset({"smollm", "starcoder", "codeshell", "refact", "command-r"})
-_NORMAL, _CONTROL = 1, 3
 _SPECIAL = {"bos": "bos_token_id", "eos": "eos_token_id", "unk": "unknown_token_id", "pad": "padding_token_id"}
 
 
@@ -73,10 +73,8 @@ def _build(metadata: Mapping[str, Any], special: Mapping[str, str]) -> Any:
         raise _unsupported(f"its way of splitting text, {str(split)[:40]!r}, is not known")
     names = GGUF_TOKENIZER_MAPPING["tokenizer"]
     described = {new: metadata[f"tokenizer.{old}"] for old, new in names.items() if f"tokenizer.{old}" in metadata}
-    try:
+    with tokenizer_failures("unsupported_tokenizer", "The GGUF file's tokenizer cannot be rebuilt"):
         tokenizer, _ = convert_gguf_tokenizer(metadata["general.architecture"], described)
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise _unsupported(f"it is damaged ({type(error).__name__})") from None
     if kind == "gpt2" and split in _DIGITS_FIRST:
         # transformers leaves this out and would merge digits that the model has always seen one by one.
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

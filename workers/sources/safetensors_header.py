@@ -95,7 +95,9 @@ def _parse(header: bytes, data_bytes: int) -> dict[str, TensorInfo]:
         raise ValueError("its header is not UTF-8") from None
     except json.JSONDecodeError:
         raise ValueError("its header is not JSON") from None
-    entries.pop("__metadata__", None)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata does not consist of strings")
     tensors: dict[str, TensorInfo] = {}
     spans: list[tuple[int, int]] = []
     for name, entry in entries.items():

@@ -1,0 +1,129 @@
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from workers.errors import UserError
+from workers.recipe import Recipe
+from workers.sources.texts import write_texts
+
+ROUNDING = {"technique": "round_to_nearest"}
+GPTQ = {"technique": "gptq"}
+
+
+def write(folder: Path, calibration: Any, evaluation: Any, *, stage: dict[str, Any] = GPTQ, **more: Any) -> Any:
+    recipe = Recipe.model_validate(
+        {
+            "stages": [stage],
+            "calibration": {"dataset": calibration, "num_samples": 4, "max_seq_length": 64},
+            "evaluation": {"dataset": evaluation, "num_tokens": 256, **more},
+        }
+    )
+    return write_texts(recipe, folder, [folder])
+
+
+def read(folder: Path, name: str) -> list[str]:
+    return [json.loads(line)["text"] for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+
+
+def inline(*texts: str) -> dict[str, Any]:
+    return {"texts": list(texts)}
+
+
+def test_one_source_is_divided_by_document(tmp_path: Path) -> None:
+    documents = [f"Document {index}." for index in range(9)]
+    write(tmp_path, inline(*documents), inline(*documents))
+    assert read(tmp_path, "evaluation") == [documents[2], documents[5], documents[8]]
+    assert read(tmp_path, "calibration") == [text for text in documents if text not in read(tmp_path, "evaluation")]
+
+
+def test_a_text_that_repeats_in_one_source_stays_on_one_side(tmp_path: Path) -> None:
+    documents = ["same", "a", "same ", "b", "same", "c", "\nsame"]
+    write(tmp_path, inline(*documents), inline(*documents))
+    calibration, evaluation = read(tmp_path, "calibration"), read(tmp_path, "evaluation")
+    assert {text.strip() for text in calibration} & {text.strip() for text in evaluation} == set()
+
+
+def test_a_single_document_is_cut_at_white_space(tmp_path: Path) -> None:
+    words = " ".join(f"word{index}" for index in range(60))
+    write(tmp_path, inline(words), inline(words))
+    calibration, evaluation = read(tmp_path, "calibration")[0], read(tmp_path, "evaluation")[0]
+    assert calibration + evaluation == words
+    assert evaluation.startswith(" ")
+    assert 1.8 < len(calibration) / len(evaluation) < 2.2
+
+
+def test_two_spellings_of_one_file_are_one_source(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "row {index}"}}\n' for index in range(6)))
+    write(tmp_path, "file:a.jsonl", "file:a.jsonl/")
+    assert len(read(tmp_path, "evaluation")) == 2
+
+
+def test_evaluation_leaves_out_what_calibration_has_from_elsewhere(tmp_path: Path) -> None:
+    write(tmp_path, inline("a", "b"), inline("b ", "c", "\na"))
+    assert read(tmp_path, "evaluation") == ["c"]
+
+
+def test_evaluation_without_text_of_its_own_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        write(tmp_path, inline("a", "b"), inline("b", "a", "a"))
+    assert (caught.value.code, caught.value.param) == ("empty_dataset", "recipe.evaluation.dataset")
+
+
+def test_overlap_is_there_for_those_who_ask(tmp_path: Path) -> None:
+    write(tmp_path, inline("a", "b"), inline("b", "a"), allow_overlap=True)
+    assert read(tmp_path, "evaluation") == ["b", "a"]
+
+
+def test_evaluation_is_the_same_whether_or_not_anything_is_calibrated(tmp_path: Path) -> None:
+    builtin = "builtin:python-docs"
+    with_calibration = write(tmp_path, builtin, builtin)
+    without = write(tmp_path, builtin, builtin, stage=ROUNDING)
+    assert with_calibration["evaluation"] == without["evaluation"]
+    assert without["calibration"] is None
+    assert not (tmp_path / "calibration.jsonl").exists()
+
+
+def test_built_in_calibration_and_evaluation_share_no_paragraph(tmp_path: Path) -> None:
+    write(tmp_path, "builtin:python-docs", "builtin:python-docs")
+    sides = [
+        {part.strip() for text in read(tmp_path, name) for part in re.split(r"\n\s*\n", text) if part.strip()}
+        for name in ("calibration", "evaluation")
+    ]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+
+
+def test_reading_stops_when_there_is_enough(tmp_path: Path) -> None:
+    with (tmp_path / "endless.jsonl").open("w") as file:
+        file.writelines(f'{{"text": "row {index} {"x" * 100}"}}\n' for index in range(2_000))
+        file.truncate(10**12)
+    described = write(tmp_path, "file:endless.jsonl", "file:endless.jsonl")
+    assert 256 * 12 <= described["evaluation"]["num_characters"] < 256 * 12 + 200
+    assert described["evaluation"]["num_documents"] == len(read(tmp_path, "evaluation"))
+
+
+def test_what_is_recorded_identifies_the_text(tmp_path: Path) -> None:
+    first = write(tmp_path, inline("a", "b"), "builtin:python-docs")
+    again = write(tmp_path, inline("a", "b"), "builtin:python-docs")
+    other = write(tmp_path, inline("a", "B"), "builtin:python-docs")
+    assert first == again
+    assert first["calibration"]["sha256"] != other["calibration"]["sha256"]
+    assert first["calibration"]["dataset"] == "inline (2 texts)"
+    assert re.fullmatch("[0-9a-f]{64}", first["evaluation"]["source_sha256"])
+
+
+def test_an_error_names_the_part_of_the_recipe(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"body": "x"}\n')
+    for calibration, evaluation, param in (
+        ("file:no.txt", "builtin:python-docs", "recipe.calibration.dataset"),
+        ("builtin:python-docs", "file:no.txt", "recipe.evaluation.dataset"),
+        ("builtin:python-docs", "file:rows.jsonl", "recipe.evaluation.text_field"),
+    ):
+        with pytest.raises(UserError) as caught:
+            write(tmp_path, calibration, evaluation)
+        assert caught.value.param == param
