@@ -9,6 +9,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 import psycopg
 import pytest
+import redis
 from psycopg import sql
 from starlette.testclient import TestClient
 
@@ -43,15 +44,17 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def settings(servers: LocalServers, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a service of one's own: a fresh database, an empty Redis database, an empty home."""
+    """Settings of a service of one's own: a fresh database, an empty Redis, an empty home."""
     number = next(_numbers)
     name = f"attar_test_{number}"
+    with redis.Redis.from_url(servers.redis_url) as broker:  # one for all: Celery's connections outlive a module
+        broker.flushdb()
     _create_database(servers.database_url, name, template=_TEMPLATE)
     home = tmp_path_factory.mktemp(f"home-{number}")
     (home / "models").mkdir()
     return Settings(
         database_url=_with_path(servers.database_url, name),
-        redis_url=_with_path(servers.redis_url, str(number % 16)),
+        redis_url=servers.redis_url,
         home=home,
         model_roots=[home / "models"],
         storage_url=None,

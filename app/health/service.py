@@ -5,16 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from kombu.exceptions import LimitExceeded
+from redis import Redis, RedisError
 from sqlalchemy import text
 from sqlalchemy.exc import SQLAlchemyError
 
-from app import migrate, queue
+from app import migrate
 from app.database import Database
 from app.dependencies import Parts
+from app.settings import SettingMissingError
 from app.storage import StorageError
 
 logger = logging.getLogger(__name__)
+
+_SECONDS = 2
 
 
 def failures(parts: Parts) -> dict[str, str]:
@@ -46,8 +49,12 @@ def _database(database: Database) -> str | None:
 
 def _redis(parts: Parts) -> str | None:
     try:
-        queue.num_waiting(parts.settings.queue)
-    except (*queue.BROKER_ERRORS, LimitExceeded) as error:
+        # A connection of its own: a pool may hold one that was good a minute ago.
+        with Redis.from_url(
+            parts.settings.required_redis_url, socket_connect_timeout=_SECONDS, socket_timeout=_SECONDS
+        ) as redis:
+            redis.ping()
+    except (RedisError, SettingMissingError) as error:
         logger.warning("readiness: redis failed: %s", error)
         return "does not answer"
     return None
