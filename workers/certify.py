@@ -22,6 +22,7 @@ from workers.formats.opening import LOAD_SNIPPET, Opened, open_checkpoint
 from workers.formats.parts import write_json
 from workers.model_card import model_card
 from workers.recipe import Recipe
+from workers.sources.unchanged import check_unchanged
 from workers.techniques import Magnitude
 
 Emit = Callable[[dict[str, Any]], None]
@@ -55,6 +56,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     stages = _prove_zeros(artifact.model, recipe, compressed["stages"])
     progress("certify.open_original", 0.05)
     original = open_checkpoint(work / "source" / "model", device)
+    check_unchanged(work / "source")
     quality = _quality(
         work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)
     )

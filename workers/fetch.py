@@ -25,6 +25,7 @@ from workers.sources.identifiers import FileId, HubId, ModelId, parse_model_id, 
 from workers.sources.inspection import facts_of_checkpoint, gguf_in, inspect_gguf
 from workers.sources.texts import write_texts
 from workers.sources.tokenizer_file import TOKENIZER_JSON, check_tokenizer_json
+from workers.sources.unchanged import file_states
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -60,7 +61,7 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
     emit({"event": "resolved", "revision": facts.revision, "model": _summary(facts)})
     data = write_texts(recipe, source, model_roots)
     _write_json(source / "data.json", data)
-    _write_json(source / "model.json", {**facts.to_dict(), "fingerprint": _fingerprint(destination)})
+    _write_json(source / "model.json", {**facts.to_dict(), "fingerprint": file_states(destination)})
     emit(_progress(1.0))
 
 
@@ -165,12 +166,6 @@ def _content_digest(folder: CheckpointFolder, names: Sequence[str]) -> str:
         digests = list(pool.map(digest, sorted(names)))
     listing = json.dumps(list(zip(sorted(names), digests, strict=True)))
     return hashlib.sha256(listing.encode()).hexdigest()[:40]
-
-
-def _fingerprint(folder: Path) -> dict[str, list[int]]:
-    """Size and time of change of every file, to notice one that changes while the job runs."""
-    found = {path.name: path.stat() for path in sorted(folder.iterdir())}
-    return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found.items()}
 
 
 def _check_space(folder: Path, wanted_bytes: int) -> None:

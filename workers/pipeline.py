@@ -23,6 +23,7 @@ from workers.errors import UserError
 from workers.formats import compressed_tensors
 from workers.formats.parts import Parts, write_json
 from workers.recipe import Recipe
+from workers.sources.unchanged import check_unchanged
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -65,6 +66,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     streamed = Stream(skeleton, recipe, parts, progress).run(calibration, probe)
     emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
     parts.write("rest", _rest(checkpoint, architecture))
+    check_unchanged(work / "source")
     _export(work / "artifact", checkpoint, architecture, recipe, request, streamed, parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
     stages = [_stage_report(recipe, index, streamed) for index in range(len(recipe.stages))]

@@ -1,0 +1,41 @@
+"""Masks: exactly as many zeros as asked for, and always the smallest weights."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from workers.solvers.pruning import magnitude_mask
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), sparsity=st.floats(0.01, 0.99), rows=st.integers(1, 9), columns=st.integers(2, 40))
+def test_unstructured_masks_take_exactly_the_smallest(seed: int, sparsity: float, rows: int, columns: int) -> None:
+    weight = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+    mask = magnitude_mask(weight, sparsity, None)
+    assert int(mask.sum()) == round(sparsity * weight.numel())
+    if mask.any() and not mask.all():
+        assert float(weight[mask].abs().max()) <= float(weight[~mask].abs().min())
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    pattern=st.sampled_from([(2, 4), (1, 4), (4, 8), (1, 2), (3, 5)]),
+    columns=st.integers(5, 43),
+)
+def test_every_group_of_m_keeps_exactly_its_n_largest(seed: int, pattern: tuple[int, int], columns: int) -> None:
+    n, m = pattern
+    weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(seed))
+    mask = magnitude_mask(weight, 1 - n / m, pattern)
+    whole = columns - columns % m
+    groups, kept = weight[:, :whole].reshape(6, -1, m).abs(), ~mask[:, :whole].reshape(6, -1, m)
+    assert bool((kept.sum(dim=-1) == n).all())
+    expected = groups.topk(n, dim=-1).values.sum(dim=-1)
+    torch.testing.assert_close((groups * kept).sum(dim=-1), expected)
+    assert not bool(mask[:, whole:].any())
+
+
+def test_equal_weights_are_pruned_in_a_fixed_order() -> None:
+    assert magnitude_mask(torch.ones(2, 4), 0.5, None).flatten().tolist() == [True] * 4 + [False] * 4

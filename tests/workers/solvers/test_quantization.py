@@ -1,0 +1,75 @@
+"""Grids: nearest codes against brute force in float64, and what the clip search may never do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from workers.solvers import quantization
+from workers.solvers.quantization import Grid, choose_scales, quantize_to_nearest
+
+
+def weight_of(seed: int, rows: int = 8, columns: int = 64) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def squared_error(weight: Tensor, restored: Tensor) -> Tensor:
+    return (weight.double() - restored.double()).square()
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [16, 64])
+def test_every_code_is_the_nearest_of_its_grid(symmetric: bool, num_bits: int, group_size: int) -> None:
+    weight = weight_of(1)
+    quantized = quantize_to_nearest(weight, Grid(num_bits, group_size, symmetric), clip_search=False)
+    codes = torch.arange(quantized.grid.lowest, quantized.grid.highest + 1, dtype=torch.float64)
+    scale = quantized.scale.double().repeat_interleave(group_size, dim=1).unsqueeze(-1)
+    zero = quantized.zero_point.double().repeat_interleave(group_size, dim=1).unsqueeze(-1)
+    best = ((codes - zero) * scale - weight.double().unsqueeze(-1)).square().amin(dim=-1)
+    torch.testing.assert_close(squared_error(weight, quantized.dequantize()), best, rtol=1e-4, atol=1e-10)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10_000), symmetric=st.booleans(), num_bits=st.sampled_from([2, 3, 4, 8]))
+def test_the_clip_search_never_makes_a_group_worse(seed: int, symmetric: bool, num_bits: int) -> None:
+    weight = weight_of(seed)
+    grid = Grid(num_bits, 32, symmetric)
+    plain = squared_error(weight, quantize_to_nearest(weight, grid, clip_search=False).dequantize())
+    searched = squared_error(weight, quantize_to_nearest(weight, grid, clip_search=True).dequantize())
+    per_group = (searched - plain).view(8, 2, 32).sum(dim=-1)
+    assert float(per_group.max()) <= 1e-5 * float(plain.sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_compiled_search_and_torch_search_agree(dtype: torch.dtype, symmetric: bool) -> None:
+    weight, importance = weight_of(3, 16, 128), weight_of(4, 1, 128)[0].square()
+    grid = Grid(4, 32, symmetric, dtype)
+    compiled = choose_scales(weight, grid, clip_search=True, importance=importance)
+    plain = quantization._search_scales(weight.view(16, 4, 32), importance.view(1, 4, 32), grid)
+    # Errors that tie to the last bit may be ordered differently; nothing else may differ.
+    assert float(torch.isclose(compiled[0], plain[0], rtol=1e-6).double().mean()) > 0.98
+    assert float((compiled[1] != plain[1]).double().mean()) < 0.02
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("clip_search", [True, False])
+def test_scales_survive_being_stored(dtype: torch.dtype, clip_search: bool) -> None:
+    scale, _ = choose_scales(weight_of(5), Grid(4, 32, symmetric=True, scale_dtype=dtype), clip_search=clip_search)
+    assert torch.equal(scale, scale.to(dtype).to(torch.float32))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("clip_search", [True, False])
+def test_pruned_weights_and_groups_of_zeros_stay_exactly_zero(symmetric: bool, clip_search: bool) -> None:
+    weight = weight_of(6) + 3.0
+    zeros = torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    zeros[0] = True
+    weight = torch.where(zeros, 0.0, weight)
+    restored = quantize_to_nearest(weight, Grid(4, 32, symmetric), clip_search=clip_search, zeros=zeros).dequantize()
+    assert bool((restored[zeros] == 0).all())
+    assert bool(torch.isfinite(restored).all())

@@ -1,0 +1,250 @@
+"""One job's compression and proof on a tiny model, each process's work in turn: what every recipe has to hold."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.models import write_tiny_llama
+from tests.workers.attempts import Attempt, certified, compressed, fetched
+from workers.certify import certify
+from workers.engine.checkpoint import Checkpoint
+from workers.errors import CrashError, JobError, UserError
+from workers.pipeline import compress
+
+GPTQ = {"technique": "gptq", "scheme": "W4A16", "group_size": 32}
+NEAREST = {"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 32}
+INT8 = {"technique": "round_to_nearest", "scheme": "W8A16", "group_size": None}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """Every parameter of the model that plain transformers opens."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        model(input_ids=torch.zeros((1, 1), dtype=torch.int64))  # packed weights are unpacked when first used
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"stages": [NEAREST]},
+        {"stages": [{**NEAREST, "symmetric": False}]},
+        {"stages": [{**NEAREST, "group_size": None}]},
+        {"stages": [{**NEAREST, "group_size": None, "symmetric": False, "clip_search": True}]},
+        {"stages": [INT8]},
+        {"stages": [{**INT8, "symmetric": False}], "output": {"packing": "int-quantized"}},
+        {"stages": [{**INT8, "group_size": 16}], "output": {"packing": "int-quantized"}},
+        {"stages": [GPTQ]},
+        {"stages": [{**GPTQ, "symmetric": False, "act_order": False, "clip_search": False}]},
+        {"stages": [{**GPTQ, "scheme": "W8A16", "group_size": None}]},
+        {"stages": [{"technique": "magnitude", "sparsity": 0.5}]},
+        {"stages": [{"technique": "magnitude", "mask_structure": "2:4"}]},
+        {"stages": [{"technique": "magnitude", "sparsity": 0.3}, GPTQ]},
+        {"stages": [{"technique": "magnitude", "mask_structure": "1:4"}, {**INT8, "symmetric": False}]},
+    ],
+    ids=lambda recipe: "+".join(
+        "-".join(str(value) for value in stage.values()) for stage in recipe["stages"]
+    ) + "".join(recipe.get("output", {}).values()),
+)  # fmt: skip
+def test_an_artifact_is_proven_and_measured(recipe: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    """Certification itself compares the reopened artifact's logits with the engine's."""
+    attempt = certified(tmp_path / "work", tiny_llama, recipe)
+    quality = attempt.report["quality"]
+    assert quality["perplexity"] > 1
+    assert quality["original_perplexity"] > 1
+    assert quality["kl_divergence"] >= 0
+    assert attempt.outcome["constraints_violated"] == []
+    statuses = [event["status"] for event in attempt.events if event["event"] == "stage"]
+    assert statuses.count("succeeded") == len(recipe["stages"])
+    if not any(stage["technique"] == "magnitude" for stage in recipe["stages"]):
+        assert attempt.outcome["result"]["compression_ratio"] > 1
+
+
+def test_the_report_states_what_plain_transformers_measures(tiny_llama: Path, tmp_path: Path) -> None:
+    attempt = certified(tmp_path / "work", tiny_llama, {"stages": [GPTQ]})
+    model: Any = AutoModelForCausalLM.from_pretrained(attempt.artifact, dtype=torch.float32)
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(attempt.artifact)
+    texts = [json.loads(line)["text"] for line in (attempt.work / "source/evaluation.jsonl").read_text().splitlines()]
+    ids = torch.tensor(tokenizer("\n\n".join(texts))["input_ids"][:512]).view(-1, 128)
+    with torch.inference_mode():
+        losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
+    expected = torch.tensor(losses).mean().exp().item()
+    assert attempt.report["quality"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_pruned_weights_are_still_zero_after_quantization(tiny_llama: Path, tmp_path: Path) -> None:
+    pruning = {"technique": "magnitude", "mask_structure": "2:4"}
+    pruned = weights(compressed(tmp_path / "pruned", tiny_llama, {"stages": [pruning]}).artifact)
+    both = weights(compressed(tmp_path / "both", tiny_llama, {"stages": [pruning, GPTQ]}).artifact)
+    for name, weight in pruned.items():
+        if name.endswith("proj.weight"):
+            assert int((weight == 0).sum()) >= weight.numel() // 2
+            assert bool((both[name][weight == 0] == 0).all())
+
+
+def test_gptq_is_closer_to_the_original_than_rounding_to_nearest(tiny_llama: Path, tmp_path: Path) -> None:
+    three = {
+        name: certified(tmp_path / name, tiny_llama, {"stages": [stage]}).report["quality"]["kl_divergence"]
+        for name, stage in (("gptq", GPTQ), ("nearest", NEAREST), ("int8", INT8))
+    }
+    assert three["int8"] < three["gptq"] < three["nearest"]
+
+
+def test_the_same_recipe_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = {"stages": [{"technique": "magnitude", "sparsity": 0.3}, GPTQ], "seed": 7}
+    first, second = (compressed(tmp_path / name, tiny_llama, recipe).artifact for name in ("first", "second"))
+    names = sorted(path.name for path in first.iterdir())
+    assert names == sorted(path.name for path in second.iterdir())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_ignored_layers_keep_their_bytes(tiny_llama: Path, tmp_path: Path) -> None:
+    attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [{**NEAREST, "ignore": ["*.0.*", "*.down_proj"]}]})
+    before, after = load_file(tiny_llama / "model.safetensors"), load_file(attempt.artifact / "model.safetensors")
+    assert torch.equal(before["model.layers.0.mlp.up_proj.weight"], after["model.layers.0.mlp.up_proj.weight"])
+    assert torch.equal(before["model.layers.1.mlp.down_proj.weight"], after["model.layers.1.mlp.down_proj.weight"])
+    assert "model.layers.1.mlp.up_proj.weight_packed" in after
+
+
+def test_a_size_that_divides_only_some_layers_falls_back_and_says_so(tmp_path: Path) -> None:
+    model = tmp_path / "uneven"
+    write_tiny_llama(model, hidden_size=64, intermediate_size=96)
+    attempt = certified(tmp_path / "work", model, {"stages": [{**GPTQ, "group_size": 64}]})
+    fallbacks = attempt.report["stages"][0]["fallbacks"]
+    assert {each["layer"] for each in fallbacks} == {f"model.layers.{block}.mlp.down_proj" for block in (0, 1)}
+    assert all("48" in each["message"] for each in fallbacks)
+
+
+def test_an_earlier_result_can_be_compressed_again(tiny_llama: Path, tmp_path: Path) -> None:
+    first = certified(tmp_path / "first", tiny_llama, {"stages": [INT8]})
+    (tmp_path / "roots").mkdir()
+    first.artifact.rename(tmp_path / "roots" / "int8")
+    again = certified(tmp_path / "again", tmp_path / "roots" / "int8", {"stages": [GPTQ]})
+    assert again.outcome["result"]["size_bytes"] < first.outcome["result"]["size_bytes"]
+
+
+def test_what_makes_nothing_smaller_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    first = certified(tmp_path / "first", tiny_llama, {"stages": [NEAREST]})
+    (tmp_path / "roots").mkdir()
+    first.artifact.rename(tmp_path / "roots" / "int4")
+    attempt = compressed(tmp_path / "again", tmp_path / "roots" / "int4", {"stages": [INT8]})
+    with pytest.raises(UserError, match="nothing was gained") as caught:
+        certify(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "not_smaller"
+
+
+def test_an_artifact_that_was_tampered_with_is_not_certified(tiny_llama: Path, tmp_path: Path) -> None:
+    attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [NEAREST]})
+    path = attempt.artifact / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * 1.05
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CrashError) as caught:
+        certify(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "artifact_mismatch"
+
+
+def test_a_missing_weight_is_noticed(tiny_llama: Path, tmp_path: Path) -> None:
+    attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [NEAREST]})
+    path = attempt.artifact / "model.safetensors"
+    save_file({name: tensor for name, tensor in load_file(path).items() if "norm" not in name}, path, {"format": "pt"})
+    with pytest.raises(CrashError) as caught:
+        certify(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "artifact_incomplete"
+
+
+@pytest.mark.parametrize(
+    ("constraints", "violated"),
+    [
+        ({"max_perplexity_ratio": 100.0, "max_size_bytes": 10_000_000}, []),
+        ({"max_perplexity_ratio": 0.5}, ["max_perplexity_ratio"]),
+        ({"max_size_bytes": 1000, "min_accuracy": 0.9}, ["max_size_bytes"]),
+    ],
+)
+def test_constraints_are_held_against_what_was_measured(
+    constraints: dict[str, float], violated: list[str], tiny_llama: Path, tmp_path: Path
+) -> None:
+    attempt = certified(tmp_path / "work", tiny_llama, {"stages": [INT8]}, constraints=constraints)
+    assert [each["name"] for each in attempt.outcome["constraints_violated"]] == violated
+    statuses = {each["name"]: each["status"] for each in attempt.report["constraints"]}
+    assert statuses.get("min_accuracy", "not_applicable") == "not_applicable"
+
+
+def damage(attempt: Attempt, name: str, value: float) -> None:
+    """Give the attempt a model of its own, with one weight changed behind the checks."""
+    link = attempt.work / "source" / "model" / "model.safetensors"
+    tensors = load_file(link)
+    tensors[name].view(-1)[0] = value
+    link.unlink()
+    save_file(tensors, link, {"format": "pt"})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "code"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", float("nan"), "non_finite_weights"),
+        ("model.embed_tokens.weight", float("inf"), "non_finite_weights"),
+        ("model.layers.0.input_layernorm.weight", 3e38, "non_finite_activations"),
+    ],
+)
+def test_numbers_that_are_not_finite_end_a_job_by_name(
+    name: str, value: float, code: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    attempt = fetched(tmp_path / "work", tiny_llama, {"stages": [GPTQ]})
+    damage(attempt, name, value)
+    with pytest.raises(JobError) as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == code
+    assert not attempt.artifact.exists()
+
+
+def test_a_model_that_changes_during_the_job_ends_it(tmp_path: Path) -> None:
+    model = tmp_path / "changing"
+    write_tiny_llama(model)
+    attempt = fetched(tmp_path / "work", model, {"stages": [NEAREST]})
+    write_tiny_llama(model, seed=1)
+    with pytest.raises(UserError) as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "model_changed"
+
+
+def test_a_recipe_that_ignores_every_layer_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
+    attempt = fetched(tmp_path / "work", tiny_llama, {"stages": [{**NEAREST, "ignore": ["*"]}]})
+    with pytest.raises(UserError) as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "nothing_to_compress"
+
+
+def test_short_calibration_text_is_used_and_said(tiny_llama: Path, tmp_path: Path) -> None:
+    short = {"dataset": {"texts": ["Language models are made smaller by pruning."]}, "num_samples": 8}
+    attempt = certified(tmp_path / "work", tiny_llama, {"stages": [GPTQ], "calibration": short})
+    assert "short_calibration" in {event.get("code") for event in attempt.events}
+
+
+def test_untied_heads_are_kept(tmp_path: Path) -> None:
+    model = tmp_path / "untied"
+    write_tiny_llama(model, tie=False)
+    attempt = certified(tmp_path / "work", model, {"stages": [INT8]})
+    with safe_open(attempt.artifact / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" in file.keys()  # noqa: SIM118
+
+
+def test_a_checkpoint_in_shards_reads_like_one_in_a_piece(tiny_llama: Path, tmp_path: Path) -> None:
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.bfloat16)
+    sharded = tmp_path / "sharded"
+    model.save_pretrained(sharded, max_shard_size="60KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    one, many = Checkpoint(tiny_llama), Checkpoint(sharded)
+    assert one.names() == many.names()
+    assert all(torch.equal(one.parameter(name), many.parameter(name)) for name in one.parameters())
