@@ -82,13 +82,15 @@ def describe(job: Mapping[str, Any]) -> str:
 
 def _step(job: Mapping[str, Any]) -> str:
     progress, names = job["progress"], []
-    stage = progress.get("stage")
+    stage, step = progress.get("stage"), str(progress.get("step") or "")
+    if step.startswith("certify"):  # of the result, not of a stage
+        return step.replace(".", ": ", 1).replace("_", " ")
     if stage is not None and stage < len(job["stages"]):
         name = job["stages"][stage]["technique"]
         num_stages = len(job["stages"])
         names.append(f"stage {stage + 1} of {num_stages}: {name}" if num_stages > 1 else name)
     if progress.get("block") is not None and progress.get("num_blocks"):
         names.append(f"block {progress['block'] + 1} of {progress['num_blocks']}")
-    elif progress.get("step"):
-        names.append(str(progress["step"]))
+    elif step:
+        names.append(step)
     return ", ".join(names)

@@ -49,7 +49,7 @@ def tell(message: str, *, code: str, hint: str | None = None, param: str | None 
         problem = {"code": code, "detail": message, "param": param, "hint": hint}
         sys.stderr.write(json.dumps(problem, ensure_ascii=False) + "\n")
         return
-    where = f" ({param})" if param and param not in message else ""
+    where = f" ({param})" if param and "." in param and param not in message else ""
     errors.print(f"attar: {message}{where}", style="red", markup=False, highlight=False, soft_wrap=True)
     if hint:
         errors.print(f"hint: {hint}", markup=False, highlight=False, soft_wrap=True)

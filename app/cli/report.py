@@ -52,12 +52,7 @@ def _add_size(table: Table, sizes: Mapping[str, Any]) -> None:
     if file_bytes is not None and file_bytes != sizes.get("original_bytes"):
         table.add_row("bytes of the source's files", size(file_bytes), "", "")
     if sizes.get("original_parameters") is not None:
-        table.add_row(
-            "parameters",
-            number(sizes["original_parameters"], 0),
-            number(sizes.get("artifact_parameters"), 0),
-            "",
-        )
+        table.add_row("parameters", number(sizes["original_parameters"], 0), "", "")
 
 
 def _add_quality(table: Table, quality: Mapping[str, Any]) -> None:
@@ -96,7 +91,7 @@ def _print_fallbacks(console: Console, stages: list[Mapping[str, Any]]) -> None:
 
 def _print_generation(console: Console, generation: Mapping[str, Any]) -> None:
     console.print(f"\nBoth continue: {plain(generation['prompt'])}", style="bold", soft_wrap=True)
-    table = Table("original", "result", show_lines=False, expand=True)
+    table = Table("original", "result", width=min(console.width, 110))
     table.columns[0].ratio = table.columns[1].ratio = 1
     table.add_row(plain(generation["original"]), plain(generation["artifact"]))
     console.print(table)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -62,7 +65,7 @@ def serve(
         try:
             with running_service(settings, num_workers=workers, say=_say) as service:
                 _say(f"Attar is ready at {service.url} (documentation: {service.url}/docs); Ctrl-C stops it")
-                _say("In another terminal: attar submit MODEL --recipe int4 --wait")
+                _say(f"In another terminal: {_command()} submit MODEL --recipe int4 --wait")
                 while True:
                     time.sleep(CHECK_SECONDS)
                     service.check()
@@ -149,6 +152,11 @@ def demo() -> None:
 def _settings(host: str | None, port: int | None) -> Settings:
     given = {name: value for name, value in (("host", host), ("port", port)) if value is not None}
     return get_settings().model_copy(update=given)
+
+
+def _command() -> str:
+    """How a user of this environment calls the command line."""
+    return "attar" if shutil.which("attar") else str(Path(sys.executable).with_name("attar"))
 
 
 def _say(text: str) -> None:
