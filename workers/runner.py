@@ -118,7 +118,8 @@ def _die_with_parent() -> None:
 
 
 def _die_at_end_of_input() -> None:
-    while sys.stdin.buffer.read(4096):
+    # Not through sys.stdin: its lock, held by a waiting thread, makes the interpreter wait 1 s and abort as it ends.
+    while os.read(0, 4096):
         continue
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
