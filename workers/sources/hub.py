@@ -29,6 +29,7 @@ from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
+    LocalEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -95,12 +96,12 @@ class HubSnapshot:
                 endpoint=endpoint(),
                 etag_timeout=self.timeout_seconds,
             )
-        shutil.rmtree(destination / ".cache", ignore_errors=True)
-        for name in names:
-            with (destination / name).open("rb") as file:
-                digest = hashlib.file_digest(file, "sha256").hexdigest()
-            if self.sha256.get(name, digest) != digest:
-                raise _unreachable(f"{name} did not arrive as the hub describes it")
+            shutil.rmtree(destination / ".cache", ignore_errors=True)
+            for name in names:
+                with (destination / name).open("rb") as file:
+                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                if self.sha256.get(name, digest) != digest:
+                    raise _unreachable(f"{name} did not arrive as the hub describes it")
 
 
 def open_snapshot(name: str, revision: str | None, *, token: str | None, timeout_seconds: float) -> HubSnapshot:
@@ -201,6 +202,9 @@ def hub_errors(kind: Kind, name: str) -> Iterator[None]:
         ) from None
     except (RepositoryNotFoundError, DisabledRepoError, HFValidationError):
         raise _not_on_hub(kind, name, param) from None
+    except LocalEntryNotFoundError as error:
+        # How a download says that the hub could not be asked, and that there is no copy in a cache either.
+        raise _unreachable(type(error.__cause__ or error).__name__) from None
     except EntryNotFoundError:
         raise UserError(
             f"{kind}_not_found", f"A file of {name} is not there.", param=param, hint="Try another revision."
