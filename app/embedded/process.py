@@ -16,6 +16,7 @@ from app.embedded.account import Account
 from app.embedded.errors import LocalServersError
 
 START_SECONDS = 60.0
+STOP_SECONDS = 20.0
 MAX_LOG_BYTES = 10 * 1024 * 1024
 
 _PR_SET_PDEATHSIG = 1
@@ -78,7 +79,7 @@ class ServerProcess:
 
     def stop(self) -> None:
         """Ask it to end in good order, insist after a while, return when it has ended."""
-        for number, seconds in ((self._stop_signal, 20), (signal.SIGQUIT, 5), (signal.SIGKILL, None)):
+        for number, seconds in ((self._stop_signal, STOP_SECONDS), (signal.SIGQUIT, 5.0), (signal.SIGKILL, None)):
             if not self.running:
                 return
             self._process.send_signal(number)
@@ -95,14 +96,17 @@ def stop_leftover(pid_file: Path, folder: Path, stop_signal: signal.Signals) -> 
     """
     try:
         pid = int(pid_file.read_text().split()[0])
-    except (FileNotFoundError, ValueError, IndexError):
+    except FileNotFoundError:
+        return
+    except (ValueError, IndexError):  # cut short by a crash: it names nobody
+        pid_file.unlink()
         return
     try:
         process = psutil.Process(pid)
         if Path(process.cwd()) == folder.resolve():
             process.send_signal(stop_signal)
             try:
-                process.wait(20)
+                process.wait(STOP_SECONDS)
             except psutil.TimeoutExpired:
                 process.kill()
                 process.wait(5)
