@@ -36,14 +36,11 @@ def faults_of(errors: Sequence[Mapping[str, Any]], body: object) -> list[Fault]:
     """Every fault that ``errors`` (of pydantic, for the request's ``body``) tell of; at least one."""
     found = [(_path(error["loc"], body, error["type"]), error) for error in errors]
     # Where a value may have one of two forms, pydantic complains for both: keep what was meant, that is, drop
-    # "another type" where the other form has something better to say of the same value or of a part of it.
+    # "another type" where the other form has something better to say of the same value, or of a part of it.
     meant = [
         (path, error)
         for path, error in found
-        if not (
-            error["type"] in _TYPE_FAULTS
-            and any(other["type"] not in _TYPE_FAULTS and _is_or_is_in(other_path, path) for other_path, other in found)
-        )
+        if error["type"] not in _TYPE_FAULTS or not any(_says_more(other, path) for other in found)
     ]
     faults: list[Fault] = []
     for path, error in meant or found:
@@ -53,8 +50,10 @@ def faults_of(errors: Sequence[Mapping[str, Any]], body: object) -> list[Fault]:
     return faults
 
 
-def _is_or_is_in(inner: Sequence[str | int], outer: Sequence[str | int]) -> bool:
-    return tuple(inner[: len(outer)]) == tuple(outer)
+def _says_more(other: tuple[list[str | int], Mapping[str, Any]], path: list[str | int]) -> bool:
+    other_path, error = other
+    is_part = len(other_path) > len(path) and other_path[: len(path)] == path
+    return is_part or (other_path == path and error["type"] not in _TYPE_FAULTS)
 
 
 def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
@@ -66,7 +65,7 @@ def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
         return Fault(code=cause.code, detail=_sentence(str(cause)), param=f"recipe.{cause.param}")
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         path = [*path, "technique"]
-    detail, hint = error["msg"].removeprefix("Value error, "), None
+    detail, hint = error["msg"].removeprefix("Value error, "), context.get("hint")
     if kind == "union_tag_invalid":
         detail = f"There is no technique {context['tag']!r}."
         hint = "One of: " + ", ".join(sorted(TECHNIQUES)) + "."
@@ -76,7 +75,8 @@ def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
         detail = f"There is no field {path[-1]!r} here."
     elif kind == "missing":
         detail = f"The field {path[-1]!r} is missing." if path else "The request has no body."
-    return Fault(code=_code(kind), detail=_sentence(detail), param=_written(path) or None, hint=hint)
+    param = context.get("param") or _written(path) or None
+    return Fault(code=_code(kind), detail=_sentence(detail), param=param, hint=hint)
 
 
 def _code(kind: str) -> str:

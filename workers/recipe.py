@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from workers.techniques import QuantizationOptions, Stage
 
@@ -31,7 +32,7 @@ class InlineDataset(_Part):
     @model_validator(mode="after")
     def _has_text(self) -> InlineDataset:
         if not any(text.strip() for text in self.texts):
-            raise ValueError("every text is empty; send at least one text with words in it")
+            raise PydanticCustomError("empty_dataset", "every text is empty; send at least one text with words in it")
         if self.labels is not None and len(self.labels) != len(self.texts):
             raise ValueError(f"{len(self.labels)} labels for {len(self.texts)} texts; send one label a text")
         return self
