@@ -68,6 +68,6 @@ def test_a_job_is_accepted_while_the_broker_is_down(served: Served, auth: dict[s
     assert httpx2.get(f"{served.url}/readyz", timeout=30).status_code == 503
     log = served.log.read_text()
     assert re.search(
-        rf"^time=\S+ level=info role=api logger=app\.jobs\.service job_id={job_id} .*message=queued$", log, re.M
+        rf"^time=\S+ level=info role=api logger=app\.jobs\.service job_id={job_id} .*message=queued$", log, re.MULTILINE
     )
     assert re.search(r"level=warning .*cannot reach the broker", log)
