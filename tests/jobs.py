@@ -6,14 +6,14 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import select, update
 from ulid import ULID
 
 from app.attempts.models import Attempt
 from app.database import Database
 from app.events import repository as events
 from app.events.models import Event
-from app.jobs.models import Job
+from app.jobs.models import ENDED, Job
 
 RECIPE = {
     "version": 1,
@@ -57,3 +57,9 @@ def wait_until(condition: Callable[[], Any], timeout_seconds: float = 30) -> Any
         assert time.monotonic() < deadline, "it did not happen in time"
         time.sleep(0.02)
     return answer
+
+
+def abandon_jobs(database: Database) -> None:
+    """End what other tests left."""
+    with database.transaction() as session:
+        session.execute(update(Job).where(Job.status.not_in(ENDED)).values(status="cancelled", lease_expires_at=None))

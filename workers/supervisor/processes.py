@@ -144,13 +144,14 @@ class JobProcess:
             return self._exit
 
     def _end(self, grace_seconds: float) -> Exit:
+        family = self._family()  # those that left the group are known only while their parent lives
         if grace_seconds:
             self._signal(signal.SIGTERM)
             self._signal(signal.SIGCONT)
             _wait_until(self.exited, grace_seconds)
-        strays = self._family()  # those that left the group are known only while their parent lives
+            family += self._family()
         self._signal(signal.SIGKILL)
-        for process in strays:
+        for process in family:
             with suppress(psutil.Error):
                 process.kill()
         died = _wait_until(lambda: _waitable(self.pid), _DEATH_SECONDS)

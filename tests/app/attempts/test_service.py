@@ -4,6 +4,7 @@ import random
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -16,7 +17,7 @@ from app.attempts.service import Claim, JobEvent
 from app.database import Database
 from app.errors import JobConflictError
 from app.jobs.models import Job
-from tests.jobs import insert_job, read_attempts, read_events, read_job
+from tests.jobs import abandon_jobs, insert_job, read_attempts, read_events, read_job
 from workers.errors import CrashError, InfrastructureError, JobError, UserError
 
 ARTIFACT = PublishedArtifact("artifacts/x/1", (PublishedFile("config.json", 2, "0" * 64),), 2)
@@ -28,8 +29,7 @@ MISTAKE = UserError("empty_dataset", "There is no text.", param="recipe.calibrat
 
 @pytest.fixture(autouse=True)
 def _no_other_jobs(database: Database) -> None:
-    with database.transaction() as session:
-        session.execute(update(Job).where(Job.status == "queued").values(queue="elsewhere"))
+    abandon_jobs(database)
 
 
 def claim(database: Database, queue: str = "cpu", lease_seconds: float = 60) -> Claim | None:
@@ -226,10 +226,8 @@ def test_cancel_and_success_at_the_same_moment_never_give_a_cancelled_job_with_a
 
         def late_cancel(job: Claim = job, barrier: threading.Barrier = barrier) -> None:
             barrier.wait()
-            try:
+            with suppress(JobConflictError):
                 cancel(database, job.job_id)
-            except JobConflictError:
-                pass
 
         canceller = threading.Thread(target=late_cancel)
         canceller.start()
