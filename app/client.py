@@ -57,9 +57,9 @@ class Client:
         headers = {"User-Agent": "attar-client"}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
-        # A proxy from the environment has nothing to do with a service on this machine.
-        trust_env = urlsplit(self.url).hostname not in _LOOPBACK
         try:
+            # A proxy from the environment has nothing to do with a service on this machine.
+            trust_env = urlsplit(self.url).hostname not in _LOOPBACK
             self._http = httpx2.Client(
                 base_url=self.url, headers=headers, timeout=timeout_seconds, trust_env=trust_env, follow_redirects=False
             )

@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -86,6 +86,7 @@ def api(
     settings = _settings(host, port)
     configure_logging(settings, "api")
     with explained():
+        _ = settings.required_database_url, settings.required_redis_url
         config = uvicorn.Config(
             create_app(settings),
             host=settings.host,
@@ -96,7 +97,8 @@ def api(
             timeout_graceful_shutdown=10,
         )
         server = uvicorn.Server(config)
-        server.run(sockets=[socket.socket(fileno=fd)] if fd is not None else None)
+        with suppress(SystemExit):  # its own exit codes mean other things here
+            server.run(sockets=[socket.socket(fileno=fd)] if fd is not None else None)
     if not server.started:
         raise Failed("the API did not start; its log says why", code="cannot_serve", exit_code=1)
 
@@ -111,6 +113,7 @@ def dispatcher() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with explained():
+        _ = settings.required_database_url, settings.required_redis_url
         role.run(settings, stop)
 
 
@@ -125,7 +128,7 @@ def worker(
     settings = get_settings()
     configure_logging(settings, "worker")
     with explained():
-        _ = settings.required_database_url
+        _ = settings.required_database_url, settings.required_redis_url
         connect(settings)
         run_worker(queue or settings.queue)
 

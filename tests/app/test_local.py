@@ -31,18 +31,11 @@ def server_pids(servers: LocalServers) -> list[int]:
 
 
 def test_it_is_postgresql_18_with_utf8_and_checksums(servers: LocalServers) -> None:
+    names = ("server_encoding", "data_checksums", "listen_addresses", "timezone")
     with psycopg.connect(servers.database_url) as connection:
-        shown = {
-            name: connection.execute(f"SHOW {name}").fetchone()
-            for name in ("server_version_num", "server_encoding", "data_checksums", "listen_addresses", "timezone")
-        }
-    assert shown.pop("server_version_num", ("",))[0].startswith("18")
-    assert shown == {
-        "server_encoding": ("UTF8",),
-        "data_checksums": ("on",),
-        "listen_addresses": ("",),
-        "timezone": ("UTC",),
-    }
+        assert connection.info.server_version // 10_000 == 18
+        shown = [connection.execute(f"SHOW {name}").fetchone() for name in names]
+    assert shown == [("UTF8",), ("on",), ("",), ("UTC",)]
 
 
 def test_redis_keeps_wake_ups_and_evicts_none(home: Path) -> None:
