@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
+
 import torch
 
 
@@ -17,3 +20,13 @@ def compute_device() -> torch.device:
 def peak_device_memory_bytes() -> int | None:
     """The most memory that tensors took on the accelerator so far; None on the CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, so that what a process holds does not creep up block by block."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others give back by themselves
+        if trim is not None:
+            trim(0)

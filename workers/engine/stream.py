@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, stop_before
 from workers.engine.layer import Layer
 from workers.engine.skeleton import Skeleton
@@ -84,6 +85,8 @@ class Stream:
                         each.abandon()
                     self.result.probe_logits = self._finish(probe_pass)
             skeleton.unload(block)
+            del layers
+            release_memory()
             self.progress(block, index, len(blocks), (index + 1) / len(blocks))
         for hook in hooks:
             hook.remove()

@@ -1,0 +1,164 @@
+"""GPTQ W4A16 of SmolLM2-135M: our time and perplexity against llm-compressor's, in one call, in turns.
+
+    .venv/bin/python -m bench.speed [--runs 1] [--num-samples 64]
+
+Both compute in float32 with the same samples and threads, each in a process of its own, and are timed from the
+start of the process to the files on disk. The limit is the floating-point operations of one forward pass and of the
+Hessians at the rate that this machine reaches in a large product, measured between the runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from bench.materials import FOLDER, ROOT, peer_python, smollm2, wikitext
+from workers.engine.text import calibration_samples, read_documents, tokenize
+
+EVALUATION_TOKENS = 32_768
+WINDOW = 1_024
+
+
+def main() -> None:
+    """Run, compare, print."""
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--runs", type=int, default=1, help="of each, in turns")
+    arguments.add_argument("--num-samples", type=int, default=64)
+    arguments.add_argument("--max-seq-length", type=int, default=512)
+    arguments.add_argument("--group-size", type=int, default=64)
+    arguments.add_argument("--peer-observer", default="minmax", help="llm-compressor's default, or memoryless_mse")
+    arguments.add_argument("--skip-peer", action="store_true")
+    options = arguments.parse_args()
+    model, python = smollm2(), None if options.skip_peer else peer_python()
+    tokenizer: Any = AutoTokenizer.from_pretrained(model)
+    # Six characters a token are more than enough, and short enough for a job to take in whole.
+    text = wikitext("valid")[: 6 * options.num_samples * options.max_seq_length]
+    ids = torch.tensor(tokenizer(text)["input_ids"])
+    samples = calibration_samples(ids, options.num_samples, options.max_seq_length, seed=0)
+    work = FOLDER / "speed"
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    save_file({"input_ids": samples}, work / "samples.safetensors")
+    (work / "calibration.txt").write_text(text, encoding="utf-8")
+
+    ours, theirs, rates = [], [], [gemm_rate()]
+    for _ in range(options.runs):
+        ours.append(_timed(_our_command(work, model, options)))
+        rates.append(gemm_rate())
+        if python is not None:
+            theirs.append(_timed(_peer_command(python, work, model, options)))
+            rates.append(gemm_rate())
+    _check_same_samples(work, tokenizer, samples)
+    test_ids = torch.tensor(tokenizer(wikitext("test"))["input_ids"])
+    folders = {"original": model, "attar": work / "attar" / "artifact", "llm-compressor": work / "llm-compressor"}
+    losses = {name: token_losses(folder, test_ids) for name, folder in folders.items() if folder.exists()}
+    for name, loss in losses.items():
+        print(f"perplexity  {name:16} {math.exp(float(loss.mean())):.3f}")
+    if theirs:
+        print(f"paired log-perplexity difference to llm-compressor: {_difference(losses)}")
+    print(f"seconds     attar            {_spread(ours)}")
+    if theirs:
+        print(f"seconds     llm-compressor   {_spread(theirs)}")
+        ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
+        print(f"ratio of times               {_spread(ratios)}")
+    rate = statistics.median(rates)
+    operations = limit_operations(json.loads((model / "config.json").read_text()), samples.numel(), samples.shape[1])
+    limit = operations / rate
+    print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
+    print(f"attar takes {statistics.median(ours) / limit:.2f} times that")
+    print("where our last run's time went:", (work / "attar" / "compressed.json").read_text(), sep="\n")
+
+
+def limit_operations(config: dict[str, Any], num_tokens: int, length: int) -> float:
+    """Floating-point operations of one forward pass of a Llama's blocks, and of half of each distinct Hessian."""
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    heads = config["num_attention_heads"]
+    width = config.get("head_dim") or hidden // heads
+    query, keys = heads * width, config["num_key_value_heads"] * width
+    linear = 2 * num_tokens * (hidden * (query + 2 * keys) + query * hidden + 3 * hidden * inner)
+    attention = 2 * 2 * num_tokens * length * query / 2
+    hessians = num_tokens * (2 * hidden**2 + query**2 + inner**2)
+    return float(config["num_hidden_layers"] * (linear + attention + hessians))
+
+
+def gemm_rate(seconds: float = 2.0) -> float:
+    """Floating-point operations a second of a large float32 product."""
+    left, right = torch.randn(4096, 1536), torch.randn(1536, 1536)
+    torch.mm(left, right)
+    begin, count = time.perf_counter(), 0
+    while time.perf_counter() - begin < seconds:
+        torch.mm(left, right)
+        count += 1
+    return 2 * 4096 * 1536 * 1536 * count / (time.perf_counter() - begin)
+
+
+@torch.inference_mode()
+def token_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
+    """The loss of every scored token, by the model that plain transformers opens."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    parts = []
+    for window in torch.split(ids[:EVALUATION_TOKENS], WINDOW):
+        logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]
+        parts.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").double())
+    return torch.cat(parts)
+
+
+def _check_same_samples(work: Path, tokenizer: Any, samples: torch.Tensor) -> None:
+    """Our job cut its samples from the text by itself: they have to be those that the peer was given."""
+    documents = read_documents(work / "attar" / "source" / "calibration.jsonl")
+    ids = tokenize(tokenizer, documents, param="bench")
+    assert torch.equal(samples, calibration_samples(ids, samples.shape[0], samples.shape[1], seed=0)), "the samples are not the same"
+
+
+def _our_command(work: Path, model: Path, options: argparse.Namespace) -> list[str]:
+    return [sys.executable, "-m", "bench.our_gptq", str(model), str(work / "calibration.txt"), str(work / "attar"),
+            "--num-samples", str(options.num_samples), "--max-seq-length", str(options.max_seq_length),
+            "--group-size", str(options.group_size), "--num-threads", str(_num_threads())]  # fmt: skip
+
+
+def _peer_command(python: Path, work: Path, model: Path, options: argparse.Namespace) -> list[str]:
+    return [str(python), str(ROOT / "bench" / "peer_gptq.py"), str(model), str(work / "samples.safetensors"),
+            str(work / "llm-compressor"), "--group-size", str(options.group_size), "--observer", options.peer_observer,
+            "--num-threads", str(_num_threads())]  # fmt: skip
+
+
+def _num_threads() -> int:
+    return os.cpu_count() or 1
+
+
+def _timed(command: list[str]) -> float:
+    begin = time.perf_counter()
+    log = FOLDER / "speed" / "log.txt"
+    with log.open("a") as output:
+        if subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=False).returncode != 0:
+            sys.exit(f"{' '.join(command)} failed; see {log}")
+    seconds = time.perf_counter() - begin
+    print(f"{seconds:8.1f} s  {Path(command[0]).parent.parent.name}  {command[1:3]}", flush=True)
+    return seconds
+
+
+def _difference(losses: dict[str, torch.Tensor]) -> str:
+    difference = losses["attar"] - losses["llm-compressor"]
+    means = difference[: difference.numel() // 128 * 128].view(-1, 128).mean(dim=-1)
+    return f"{float(difference.mean()):+.5f} ± {float(means.std()) / math.sqrt(means.numel()):.5f}"
+
+
+def _spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.3f} (from {min(values):.3f} to {max(values):.3f}, {len(values)} runs)"
+
+
+if __name__ == "__main__":
+    main()
