@@ -66,7 +66,11 @@ def wake(queue: str) -> bool:
     The dispatcher tells again, so no caller has to care.
     """
     try:
-        celery.send_task(TASK_NAME, args=[queue], queue=queue, retry=False, ignore_result=True)
+        # A connection of its own: one from a pool may have died with the broker's last restart.
+        with celery.connection_for_write() as connection:
+            celery.send_task(
+                TASK_NAME, args=[queue], queue=queue, connection=connection, retry=False, ignore_result=True
+            )
     except BROKER_ERRORS as error:
         logger.warning("cannot reach the broker to wake queue %s: %s", queue, error)
         return False
@@ -75,7 +79,7 @@ def wake(queue: str) -> bool:
 
 def num_waiting(queue: str) -> int:
     """Wake-ups that no worker has taken yet. Raises one of BROKER_ERRORS."""
-    with celery.pool.acquire(block=True, timeout=5) as connection:
+    with celery.connection_for_write() as connection:
         return int(connection.default_channel.client.llen(queue))
 
 

@@ -19,6 +19,8 @@ from workers.supervisor import Supervisor
 
 logger = logging.getLogger(__name__)
 
+RUNNER_MODULE = "workers.runner"  # main of a job's processes
+
 
 class Worker:
     """What one worker process keeps between tasks."""
@@ -27,7 +29,7 @@ class Worker:
         self._settings = settings
         self._database = Database(settings.required_database_url, pool_size=2)
         self._name = f"{socket.gethostname()}:{os.getpid()}"
-        self.supervisor = Supervisor(settings, self._database, open_storage(settings))
+        self.supervisor = Supervisor(settings, self._database, open_storage(settings), runner_module=RUNNER_MODULE)
 
     def work(self, queue: str) -> None:
         """Do the jobs of ``queue`` one after the other until none waits. A broker that is down stops nobody here."""

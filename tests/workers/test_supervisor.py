@@ -131,7 +131,7 @@ def wait_for_compress(settings: Settings, num_processes: int = 2) -> None:
 
 
 def num_descriptors() -> int:
-    return psutil.Process().num_fds()
+    return int(psutil.Process().num_fds())
 
 
 def work_folders(settings: Settings) -> list[Path]:
@@ -195,11 +195,12 @@ def test_later_phases_use_the_spare_once_each(supervisor: Supervisor, quick: Set
 
 def test_a_spare_that_was_killed_is_replaced(supervisor: Supervisor, quick: Settings, database: Database) -> None:
     supervisor.start()
-    spares = [child for child in psutil.Process().children() if "--preload" in _command(child)]
-    wait_until(lambda: [child for child in psutil.Process().children() if "--preload" in _command(child)])
+    spares = wait_until(
+        lambda: [child for child in psutil.Process().children() if "--preload" in _command(child)],
+    )
     for spare in spares:
         spare.kill()
-        wait_until(lambda spare=spare: not _lives(spare.pid))
+    wait_until(lambda: not any(_lives(spare.pid) for spare in spares))
     assert supervisor.run(claimed(database, quick, "normal")) == "succeeded"
     assert processes(quick)[1][2] == "cold"
 

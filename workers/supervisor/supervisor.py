@@ -22,9 +22,7 @@ logger = logging.getLogger(__name__)
 class Supervisor:
     """Runs attempts, one at a time. ``runner_module`` is the main of their processes."""
 
-    def __init__(
-        self, settings: Settings, database: Database, storage: Storage, *, runner_module: str = "workers.runner"
-    ) -> None:
+    def __init__(self, settings: Settings, database: Database, storage: Storage, *, runner_module: str) -> None:
         self._settings = settings
         self._database = database
         self._storage = storage

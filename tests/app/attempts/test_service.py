@@ -135,7 +135,7 @@ def test_a_beat_renews_the_lease_and_tells_the_status(database: Database) -> Non
         assert attempts.beat(session, job.job_id, job.fence, 60) == "cancelling"
 
 
-ZOMBIE_WRITES: dict[str, Callable[[Database, Claim], object]] = {
+WRITES: dict[str, Callable[[Database, Claim], object]] = {
     "beat": lambda database, job: _in(database, lambda s: attempts.beat(s, job.job_id, job.fence, 60)),
     "progress": lambda database, job: _in(
         database,
@@ -156,7 +156,7 @@ def _in(database: Database, write: Callable[..., object]) -> object:
         return write(session)
 
 
-@pytest.mark.parametrize("write", ZOMBIE_WRITES)
+@pytest.mark.parametrize("write", WRITES)
 @pytest.mark.parametrize("taken_over", [False, True], ids=["queued", "taken over"])
 def test_a_worker_that_lost_its_lease_changes_nothing(database: Database, write: str, taken_over: bool) -> None:
     zombie = claimed(database)
@@ -165,7 +165,7 @@ def test_a_worker_that_lost_its_lease_changes_nothing(database: Database, write:
     if taken_over:
         assert claim(database) is not None
     before = _everything(database, zombie.job_id)
-    assert ZOMBIE_WRITES[write](database, zombie) in (None, "lost")
+    assert WRITES[write](database, zombie) in (None, "lost")
     assert _everything(database, zombie.job_id) == before
     assert not has_artifact(database, zombie.job_id)
 
@@ -336,7 +336,7 @@ def test_a_beat_and_the_reaper_at_the_same_moment_agree_on_who_has_the_job(datab
         job = claimed(database)
         expire(database, job.job_id)
         with ThreadPoolExecutor(2) as pool:
-            beating = pool.submit(lambda job=job: _in(database, lambda s: attempts.beat(s, job.job_id, job.fence, 60)))
+            beating = pool.submit(WRITES["beat"], database, job)
             reaped = pool.submit(reap, database).result()
             beaten = beating.result()
         status = read_job(database, job.job_id).status
