@@ -179,7 +179,8 @@ def _quality(
                 "param": "recipe.evaluation",
             }
         )
-    windows = windows_of(ids, wanted.num_tokens, wanted.max_seq_length)
+    positions = getattr(original.model.config, "max_position_embeddings", None) or wanted.max_seq_length
+    windows = windows_of(ids, wanted.num_tokens, min(wanted.max_seq_length, positions))
     return measure(original.model, artifact.model, windows, progress).to_report()
 
 

@@ -48,7 +48,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     checkpoint = Checkpoint(work / "source" / "model")
     architecture = architecture_of(checkpoint.config)
     tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    calibration = _calibration(work, recipe, tokenizer, emit)
+    calibration = _calibration(work, recipe, tokenizer, checkpoint.max_positions, emit)
     probe = tokenize(
         tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"
     )[:NUM_PROBE_TOKENS]
@@ -83,20 +83,21 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
 
 
-def _calibration(work: Path, recipe: Recipe, tokenizer: Any, emit: Emit) -> Tensor | None:
+def _calibration(work: Path, recipe: Recipe, tokenizer: Any, max_positions: int, emit: Emit) -> Tensor | None:
     """Samples × tokens, or None where no stage needs them."""
     if not recipe.statistics:
         return None
     wanted = recipe.calibration
     ids = tokenize(tokenizer, read_documents(work / "source" / "calibration.jsonl"), param="recipe.calibration.dataset")
-    samples = calibration_samples(ids, wanted.num_samples, wanted.max_seq_length, recipe.seed)
+    length = min(wanted.max_seq_length, max_positions)
+    samples = calibration_samples(ids, wanted.num_samples, length, recipe.seed)
     if samples.numel() < wanted.num_samples * wanted.max_seq_length:
         emit(
             {
                 "event": "warning",
                 "code": "short_calibration",
-                "message": f"The calibration text gives {samples.shape[0]} samples of {samples.shape[1]} tokens; "
-                f"{wanted.num_samples} of {wanted.max_seq_length} were asked for.",
+                "message": f"The calibration text and the model's positions give {samples.shape[0]} samples of "
+                f"{samples.shape[1]} tokens; {wanted.num_samples} of {wanted.max_seq_length} were asked for.",
                 "param": "recipe.calibration",
             }
         )

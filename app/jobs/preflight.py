@@ -19,6 +19,7 @@ from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
 from workers.techniques import Magnitude, QuantizationOptions
+from workers.techniques.options import group_size_fits
 
 _TRAINING_KINDS = frozenset({"training", "distillation"})
 
@@ -55,9 +56,11 @@ def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
     widths = facts.linear_in_features
     for index, stage in enumerate(recipe.stages):
         size = stage.group_size if isinstance(stage, QuantizationOptions) else None
-        if size is None or any(width % size == 0 for width in widths):
+        if size is None or any(group_size_fits(width, size) for width in widths):
             continue
-        fitting = [size for size in (32, 64, 96, 128, 192, 256) if any(width % size == 0 for width in widths)]
+        fitting = [
+            size for size in (32, 64, 96, 128, 192, 256) if any(group_size_fits(width, size) for width in widths)
+        ]
         raise UserError(
             "group_size_fits_no_layer",
             f"Groups of {size} divide no linear layer: their inputs have {_listed(widths)} columns.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,11 @@ class Checkpoint:
                 for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
                     self._file_of[name] = path
         self._schemes = _QuantizationSchemes(self.config.get("quantization_config"))
+
+    @property
+    def max_positions(self) -> int:
+        """The longest sequence that the model was made for."""
+        return int(self.config.get("max_position_embeddings") or sys.maxsize)
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of stored tensors that begin with ``prefix``, sorted."""

@@ -20,6 +20,11 @@ SMALLEST_GROUP = 16
 GROUP_MULTIPLE = 8
 
 
+def group_size_fits(in_features: int, size: int) -> bool:
+    """Whether a layer of ``in_features`` columns can be stored in groups of ``size``."""
+    return size >= SMALLEST_GROUP and size % GROUP_MULTIPLE == 0 and in_features % size == 0
+
+
 def usable_group_size(in_features: int, requested: int | None) -> int:
     """The group size that a layer of ``in_features`` columns gets.
 
@@ -28,10 +33,8 @@ def usable_group_size(in_features: int, requested: int | None) -> int:
     """
     if requested is None:
         return in_features
-    for size in range(min(requested, in_features), SMALLEST_GROUP - 1, -1):
-        if in_features % size == 0 and (size % GROUP_MULTIPLE == 0 or size == in_features):
-            return size
-    return in_features
+    sizes = range(min(requested, in_features), SMALLEST_GROUP - 1, -1)
+    return next((size for size in sizes if group_size_fits(in_features, size)), in_features)
 
 
 class StageOptions(BaseModel):
