@@ -36,7 +36,7 @@ def test_the_fraction_weighs_the_phases_and_never_falls() -> None:
 def test_the_time_left_of_steady_work_is_right_and_counts_down_between_messages() -> None:
     clock = Clock()
     progress = Progress(["gptq"], clock)
-    assert progress.eta_seconds is None
+    assert left_after(progress, clock, 0) is None
     for second in range(1, 51):
         clock.now = second
         if second == 3:

@@ -133,8 +133,8 @@ class Attempt:
         def hear(message: Message) -> None:
             nonlocal prepared
             self._reporter.hear(message)
-            if not prepared and isinstance(message, ProgressMessage) and message.fraction > 0:
-                # The phase is past its start, which another interpreter's imports would have slowed down.
+            # Neither early, when it would only hold memory, nor while certify measures speed.
+            if not prepared and phase == "compress" and _is_half_done(message):
                 prepared = True
                 processes.prepare()
 
@@ -195,6 +195,10 @@ class Attempt:
         for fence in fences:
             if ended or fence == self._claim.fence:
                 artifacts.discard(self._storage, artifacts.artifact_prefix(self._claim.job_id, fence))
+
+
+def _is_half_done(message: Message) -> bool:
+    return isinstance(message, ProgressMessage) and message.fraction >= 0.5
 
 
 def _defect() -> CrashError:
