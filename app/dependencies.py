@@ -21,7 +21,7 @@ class Parts:
     storage: Storage
 
 
-def _parts(request: Request) -> Parts:
+async def _parts(request: Request) -> Parts:  # async, so that no thread is needed for it
     parts = request.app.state.parts
     assert isinstance(parts, Parts)
     return parts

@@ -41,9 +41,12 @@ def _shown_jobs() -> Select[Any]:
     ).options(defer(Job.recipe), defer(Job.shown_recipe), defer(Job.report))
 
 
+_SHOWN_JOBS = _shown_jobs()  # built once: that takes longer than running it
+
+
 def find(session: Session, tenant_id: str, job_id: str) -> ShownJob | None:
     """One of the tenant's jobs."""
-    row = session.execute(_shown_jobs().where(Job.id == job_id, Job.tenant_id == tenant_id)).one_or_none()
+    row = session.execute(_SHOWN_JOBS.where(Job.id == job_id, Job.tenant_id == tenant_id)).one_or_none()
     return ShownJob(*row) if row is not None else None
 
 
@@ -51,7 +54,7 @@ def list_newest(
     session: Session, tenant_id: str, *, after: str | None, status: str | None, model_id: str | None, limit: int
 ) -> Sequence[ShownJob]:
     """The tenant's jobs, newest first, from the one older than ``after`` on."""
-    query = _shown_jobs().where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
+    query = _SHOWN_JOBS.where(Job.tenant_id == tenant_id).order_by(Job.id.desc()).limit(limit)
     if after is not None:
         query = query.where(Job.id < after)
     if status is not None:

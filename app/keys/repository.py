@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from sqlalchemy import func, select, update
+from dataclasses import dataclass
+
+from sqlalchemy import bindparam, func, select, update
 from sqlalchemy.orm import Session
 
 from app.keys.models import ApiKey
@@ -21,11 +23,30 @@ def list_all(session: Session) -> list[ApiKey]:
     return list(session.scalars(select(ApiKey).order_by(ApiKey.id)))
 
 
-def find_by_hash(session: Session, key_sha256: str) -> tuple[ApiKey, bool] | None:
-    """The key with this hash, and whether it has expired by the database's clock."""
-    has_expired = func.coalesce(ApiKey.expires_at <= func.now(), False)
-    row = session.execute(select(ApiKey, has_expired).where(ApiKey.key_sha256 == key_sha256)).one_or_none()
-    return (row[0], row[1]) if row is not None else None
+@dataclass(frozen=True)
+class KnownKey:
+    """What every request asks of its key; times are compared by the database's clock."""
+
+    id: str
+    tenant_id: str
+    scopes: list[str]
+    is_revoked: bool
+    has_expired: bool
+
+
+_FIND_BY_HASH = select(
+    ApiKey.id,
+    ApiKey.tenant_id,
+    ApiKey.scopes,
+    ApiKey.revoked_at.is_not(None),
+    func.coalesce(ApiKey.expires_at <= func.now(), False),
+).where(ApiKey.key_sha256 == bindparam("key_sha256"))
+
+
+def find_by_hash(session: Session, key_sha256: str) -> KnownKey | None:
+    """The key with this hash."""
+    row = session.execute(_FIND_BY_HASH, {"key_sha256": key_sha256}).one_or_none()
+    return KnownKey(*row) if row is not None else None
 
 
 def revoke(session: Session, key_id: str) -> ApiKey | None:

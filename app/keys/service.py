@@ -12,6 +12,7 @@ from ulid import ULID
 from app.errors import InvalidRequestError, NotFoundError, UnauthorizedError
 from app.keys import repository
 from app.keys.models import ApiKey
+from app.keys.repository import KnownKey
 
 DEFAULT_TENANT = "default"
 
@@ -53,15 +54,14 @@ def revoke(session: Session, key_id: str) -> ApiKey:
     return key
 
 
-def authenticate(session: Session, secret: str) -> ApiKey:
+def authenticate(session: Session, secret: str) -> KnownKey:
     """The key that ``secret`` is; raises UnauthorizedError for one that is unknown, revoked or expired."""
-    found = repository.find_by_hash(session, _hashed(secret)) if _SECRET.fullmatch(secret) else None
-    if found is None:
+    key = repository.find_by_hash(session, _hashed(secret)) if _SECRET.fullmatch(secret) else None
+    if key is None:
         raise _unauthorized("invalid_api_key", "The API key is not valid.")
-    key, has_expired = found
-    if key.revoked_at is not None:
+    if key.is_revoked:
         raise _unauthorized("revoked_api_key", "The API key has been revoked.")
-    if has_expired:
+    if key.has_expired:
         raise _unauthorized("expired_api_key", "The API key has expired.")
     return key
 
