@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Select, and_, case, func, or_, select
+from sqlalchemy import Select, and_, bindparam, case, func, or_, select
 from sqlalchemy.dialects.postgresql import insert
 from sqlalchemy.orm import Session, aliased, defer
 
@@ -41,12 +41,14 @@ def _shown_jobs() -> Select[Any]:
     ).options(defer(Job.recipe), defer(Job.shown_recipe), defer(Job.report))
 
 
-_SHOWN_JOBS = _shown_jobs()  # built once: that takes longer than running it
+# Built once: building a statement, and its key in SQLAlchemy's cache, takes longer than running it.
+_SHOWN_JOBS = _shown_jobs()
+_FIND = _SHOWN_JOBS.where(Job.id == bindparam("job_id"), Job.tenant_id == bindparam("tenant_id"))
 
 
 def find(session: Session, tenant_id: str, job_id: str) -> ShownJob | None:
     """One of the tenant's jobs."""
-    row = session.execute(_SHOWN_JOBS.where(Job.id == job_id, Job.tenant_id == tenant_id)).one_or_none()
+    row = session.execute(_FIND, {"job_id": job_id, "tenant_id": tenant_id}).one_or_none()
     return ShownJob(*row) if row is not None else None
 
 
