@@ -35,7 +35,7 @@ def _authenticate(
             hint="Send `Authorization: Bearer KEY`; `attar keys create NAME` makes a key.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    with parts.database.transaction() as session:
+    with parts.database.reading() as session:
         key = keys.authenticate(session, credentials.credentials)
         return Principal(key.tenant_id, key.id, frozenset(key.scopes))
 

@@ -42,11 +42,19 @@ class Database:
             connect_args={"connect_timeout": 5, "tcp_user_timeout": 30_000},
         )
         self._sessions = sessionmaker(self.engine, expire_on_commit=False)
+        reading = self.engine.execution_options(isolation_level="AUTOCOMMIT")  # on the same connections
+        self._reading_sessions = sessionmaker(reading, expire_on_commit=False, autoflush=False)
 
     @contextmanager
     def transaction(self) -> Iterator[Session]:
         """A session that commits when the block ends and rolls back when it raises."""
         with self._sessions.begin() as session:
+            yield session
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """A session for one statement that reads: without the two round trips that begin and end a transaction."""
+        with self._reading_sessions() as session:
             yield session
 
     def dispose(self) -> None:

@@ -120,7 +120,8 @@ def _check_same_samples(work: Path, tokenizer: Any, samples: torch.Tensor) -> No
     """Our job cut its samples from the text by itself: they have to be those that the peer was given."""
     documents = read_documents(work / "attar" / "source" / "calibration.jsonl")
     ids = tokenize(tokenizer, documents, param="bench")
-    assert torch.equal(samples, calibration_samples(ids, samples.shape[0], samples.shape[1], seed=0)), "the samples are not the same"
+    ours = calibration_samples(ids, samples.shape[0], samples.shape[1], seed=0)
+    assert torch.equal(samples, ours), "the samples are not the same"
 
 
 def _our_command(work: Path, model: Path, options: argparse.Namespace) -> list[str]:
@@ -142,8 +143,12 @@ def _num_threads() -> int:
 def _timed(command: list[str]) -> float:
     begin = time.perf_counter()
     log = FOLDER / "speed" / "log.txt"
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # as our job processes have it; for both sides
     with log.open("a") as output:
-        if subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, check=False).returncode != 0:
+        if (
+            subprocess.run(command, cwd=ROOT, stdout=output, stderr=output, env=environment, check=False).returncode
+            != 0
+        ):
             sys.exit(f"{' '.join(command)} failed; see {log}")
     seconds = time.perf_counter() - begin
     print(f"{seconds:8.1f} s  {Path(command[0]).parent.parent.name}  {command[1:3]}", flush=True)

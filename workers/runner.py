@@ -23,6 +23,7 @@ from typing import Any
 from workers.errors import CrashError, InfrastructureError, JobError
 
 _PR_SET_PDEATHSIG = 1
+NICENESS = 5
 logger = logging.getLogger(__name__)
 
 
@@ -33,6 +34,8 @@ def main() -> None:
     arguments.add_argument("--preload", action="store_true")
     options = arguments.parse_args()
     _die_with_parent()
+    # On a machine that also serves, answers come before the job's next product.
+    os.nice(NICENESS)
     if options.preload:
         _preload()
     line = sys.stdin.buffer.readline()

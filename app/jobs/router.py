@@ -107,7 +107,7 @@ def list_jobs(
 @router.get("/{job_id}", summary="Read a job", response_model=JobView, responses=responses(404))
 def get_job(job_id: str, principal: CurrentPrincipal, parts: AppParts) -> Response:
     """The job as it is now."""
-    with parts.database.transaction() as session:
+    with parts.database.reading() as session:
         view = view_of(service.get(session, principal.tenant_id, job_id))
     # Written here: the framework would validate it again in another thread, and this is what everyone polls.
     return Response(view.model_dump_json(), media_type="application/json")

@@ -23,7 +23,7 @@ def inputs_of(seed: int, columns: int, tokens: int = 512) -> Tensor:
 
 def hessian_of(inputs: Tensor) -> Tensor:
     hessian = torch.zeros(inputs.shape[1], inputs.shape[1])
-    for batch in inputs.split(100):
+    for batch in torch.split(inputs, 100):
         accumulate(hessian, batch)
     symmetrize(hessian)
     return hessian / inputs.shape[0]
