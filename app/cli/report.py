@@ -48,8 +48,9 @@ def _add_size(table: Table, sizes: Mapping[str, Any]) -> None:
     ratio = sizes.get("compression_ratio")
     change = f"{number(ratio, 2)} times smaller" if ratio is not None else ""
     table.add_row("bytes", size(sizes.get("original_bytes")), size(sizes.get("artifact_bytes")), change)
-    file_bytes = sizes.get("original_file_bytes")
-    if file_bytes is not None and file_bytes != sizes.get("original_bytes"):
+    # A GGUF file is smaller than the parameters that it stands for; a safetensors file differs by its header alone.
+    file_bytes, format_name = sizes.get("original_file_bytes"), sizes.get("original_format")
+    if file_bytes is not None and format_name != "safetensors":
         table.add_row("bytes of the source's files", size(file_bytes), "", "")
     if sizes.get("original_parameters") is not None:
         table.add_row("parameters", number(sizes["original_parameters"], 0), "", "")
@@ -77,8 +78,13 @@ def _with_error(value: float | None, error: float | None, digits: int) -> str:
 
 def _print_constraints(console: Console, constraints: list[Mapping[str, Any]]) -> None:
     for constraint in constraints:
-        text = f"{constraint['name']}: limit {constraint['limit']}, measured {constraint['value']}"
+        limit, value = (_constrained(constraint[key]) for key in ("limit", "value"))
+        text = f"{constraint['name']}: limit {limit}, measured {value}"
         console.print(plain(f"{text}: {constraint['status']}"), soft_wrap=True)
+
+
+def _constrained(value: float | None) -> str:
+    return number(value, 0 if isinstance(value, int) else 3)
 
 
 def _print_fallbacks(console: Console, stages: list[Mapping[str, Any]]) -> None:

@@ -117,7 +117,7 @@ def test_a_report_shows_before_and_after_with_errors() -> None:
         "perplexity (16,384 tokens) 21.50 ± 0.40 24.25 ± 0.50 × 1.128",
         "0.1234 ± 0.0020",
         "87.1 %",
-        "max_perplexity_ratio: limit 1.25, measured 1.128: kept",
+        "max_perplexity_ratio: limit 1.250, measured 1.128: kept",
         "1 layer fell back",
         "from_pretrained",
     ):
