@@ -22,8 +22,8 @@ help:
 
 environment: $(INSTALLED)
 
-# torch comes with everything else, without its dependencies; then once more with them, as only its own wheel knows
-# which libraries its build needs.
+# torch first and with its dependencies, as only its own wheel knows which libraries its build needs; then everything
+# else, each at its locked version.
 $(INSTALLED): requirements/dev.lock pyproject.toml
 	@command -v "$(PYTHON)" >/dev/null && "$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' || \
 		{ echo "Attar needs Python 3.11; name one with: make PYTHON=/path/to/python3.11 ..." >&2; exit 1; }
@@ -32,8 +32,8 @@ $(INSTALLED): requirements/dev.lock pyproject.toml
 		"$(PYTHON)" -m venv --clear $(VENV) || \
 		{ echo "$(PYTHON) cannot make environments; on Debian and Ubuntu install python3.11-venv" >&2; exit 1; }; }
 	@echo "Installing the packages of requirements/dev.lock"
+	@$(PIP) install -c requirements/dev.lock torch==2.13.0
 	@$(PIP) install --no-deps -r requirements/dev.lock
-	@$(PIP) install -c requirements/dev.lock torch
 	@$(PIP) install --no-deps --no-build-isolation --editable .
 	@touch $@
 

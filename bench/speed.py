@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bench.materials import FOLDER, ROOT, peer_python, smollm2, wikitext
 from workers.engine.text import calibration_samples, read_documents, tokenize
 
-EVALUATION_TOKENS = 32_768
+EVALUATION_TOKENS = 16_384
 WINDOW = 1_024
 
 

@@ -48,7 +48,7 @@ def main() -> None:
     emit = _Events(options.events_fd)
     try:
         done = _run(order["phase"], work, order.get("num_threads"), emit)
-    except Exception as error:  # whatever it is, the supervisor has to hear of it
+    except BaseException as error:  # a panic of compiled code is no Exception; the supervisor has to hear of all
         logger.exception("phase=%s failed", order["phase"])
         emit({"event": "error", **_as_job_error(error).to_dict()})
         sys.exit(1)
@@ -89,7 +89,7 @@ class _Events:
         self._pipe.flush()
 
 
-def _as_job_error(error: Exception) -> JobError:
+def _as_job_error(error: BaseException) -> JobError:
     if isinstance(error, JobError):
         return error
     if isinstance(error, MemoryError):
