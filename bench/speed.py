@@ -79,7 +79,8 @@ def main() -> None:
     limit = operations / rate
     print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
     print(f"attar takes {statistics.median(ours) / limit:.2f} times that")
-    print("where our last run's time went:", (work / "attar" / "compressed.json").read_text(), sep="\n")
+    seconds = json.loads((work / "attar" / "compressed.json").read_text())["seconds"]
+    print("where our last run's seconds went:", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
 def limit_operations(config: dict[str, Any], num_tokens: int, length: int) -> float:
