@@ -124,13 +124,7 @@ def _export(
     parts: Parts,
 ) -> None:
     """Write the artifact's weights, config, tokenizer and resolved recipe."""
-    if not any(streamed.metrics):
-        raise UserError(
-            "nothing_to_compress",
-            "Every linear layer is on the ignore list, so nothing was changed.",
-            param="recipe.stages",
-            hint="Shorten `ignore`.",
-        )
+    _check_changed(recipe, streamed)
     folder.mkdir()
     parts.assemble(folder)
     config = {key: value for key, value in checkpoint.config.items() if key not in {"quantization_config", "auto_map"}}
@@ -157,6 +151,25 @@ def _export(
             "data": json.loads((folder.parent / "source" / "data.json").read_text(encoding="utf-8")),
         },
     )
+
+
+def _check_changed(recipe: Recipe, streamed: Streamed) -> None:
+    """Raise UserError ``nothing_changed`` where a stage left every weight as it was."""
+    for index, layers in enumerate(streamed.metrics):
+        if not layers:
+            raise UserError(
+                "nothing_changed",
+                "Every linear layer is on the ignore list of this stage, so it changes nothing.",
+                param=f"recipe.stages[{index}].ignore",
+                hint="Shorten `ignore`, or leave the stage out.",
+            )
+        if recipe.stages[index].kind == "pruning" and not any(layer["num_pruned"] for layer in layers.values()):
+            raise UserError(
+                "nothing_changed",
+                "No weight became zero that was not zero before.",
+                param=f"recipe.stages[{index}]",
+                hint="Ask for more sparsity than the model already has.",
+            )
 
 
 def _stage_report(recipe: Recipe, index: int, streamed: Streamed) -> dict[str, Any]:

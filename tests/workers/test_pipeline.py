@@ -219,11 +219,33 @@ def test_a_model_that_changes_during_the_job_ends_it(tmp_path: Path) -> None:
     assert caught.value.code == "model_changed"
 
 
-def test_a_recipe_that_ignores_every_layer_is_refused(tiny_llama: Path, tmp_path: Path) -> None:
-    attempt = fetched(tmp_path / "work", tiny_llama, {"stages": [{**NEAREST, "ignore": ["*"]}]})
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{**NEAREST, "ignore": ["*"]}],
+        [{"technique": "magnitude", "sparsity": 0.5, "ignore": ["model.*"]}, NEAREST],
+        [{"technique": "magnitude", "sparsity": 1e-9}],
+    ],
+)
+def test_a_stage_that_changes_nothing_ends_the_job(
+    stages: list[dict[str, Any]], tiny_llama: Path, tmp_path: Path
+) -> None:
+    attempt = fetched(tmp_path / "work", tiny_llama, {"stages": stages})
     with pytest.raises(UserError) as caught:
         compress(attempt.work, attempt.request, attempt.events.append)
-    assert caught.value.code == "nothing_to_compress"
+    assert caught.value.code == "nothing_changed"
+    assert not attempt.artifact.exists()
+
+
+def test_pruning_what_is_pruned_already_ends_the_job(tiny_llama: Path, tmp_path: Path) -> None:
+    pruning = {"technique": "magnitude", "mask_structure": "2:4"}
+    first = certified(tmp_path / "first", tiny_llama, {"stages": [pruning]})
+    (tmp_path / "roots").mkdir()
+    first.artifact.rename(tmp_path / "roots" / "sparse")
+    attempt = fetched(tmp_path / "again", tmp_path / "roots" / "sparse", {"stages": [pruning]})
+    with pytest.raises(UserError) as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "nothing_changed"
 
 
 def test_short_calibration_text_is_used_and_said(tiny_llama: Path, tmp_path: Path) -> None:

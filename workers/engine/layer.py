@@ -41,10 +41,12 @@ class Layer:
             )
         return Grid(options.num_bits, size, options.symmetric, self.stored_dtype)
 
-    def prune(self, mask: Tensor) -> None:
-        """Set the weights under ``mask`` to zero, for good."""
+    def prune(self, mask: Tensor) -> int:
+        """Set the weights under ``mask`` to zero, for good; how many of them were not zero before."""
+        num_pruned = int((mask & (self.weight != 0)).sum())
         self.zeros = mask if self.zeros is None else self.zeros | mask
         self.weight = torch.where(self.zeros, 0.0, self.weight)
+        return num_pruned
 
     def fall_back(self, code: str, message: str) -> None:
         """Note for the report that this layer got something else than what was asked for."""

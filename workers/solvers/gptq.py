@@ -47,13 +47,13 @@ def gptq(
     None to round to nearest. Scales are chosen before any column changes (static groups), so a column keeps its
     group whatever the order. Pruned weights (``zeros``) stay exactly zero and their error is compensated as well.
     """
-    scale, zero_point = choose_scales(
-        weight, grid, clip_search=clip_search, importance=hessian.diagonal().contiguous() if clip_search else None
-    )
     if factor is None:
         quantized = quantize_to_nearest(weight, grid, clip_search=clip_search, zeros=zeros)
         difference = weight - quantized.dequantize()
         return quantized, Outcome(_ratio(_energy(difference, hessian), _energy(weight, hessian)), None, 0)
+    scale, zero_point = choose_scales(
+        weight, grid, clip_search=clip_search, importance=hessian.diagonal().contiguous() if clip_search else None
+    )
     order = factor.order
     group_of = order // grid.group_size
     ordered = weight[:, order].contiguous()

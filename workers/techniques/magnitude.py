@@ -72,5 +72,4 @@ class Magnitude(StageOptions):
         from workers.solvers.pruning import magnitude_mask
 
         assert self.sparsity is not None
-        layer.prune(magnitude_mask(layer.weight, self.sparsity, self.pattern))
-        return {}
+        return {"num_pruned": layer.prune(magnitude_mask(layer.weight, self.sparsity, self.pattern))}
