@@ -10,7 +10,7 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
     """Markdown for people, from a report and its recipe."""
     size, quality, speed = report["size"], report["quality"], report["speed"]
     techniques = ", then ".join(stage["technique"] for stage in report["stages"])
-    fallbacks = sum(len(stage["fallbacks"]) for stage in report["stages"][:1])
+    fallbacks = sum(len(stage["fallbacks"]) for stage in report["stages"])
     rows = [
         ("weights, bytes", f"{size['original_bytes']:,}", f"{size['artifact_bytes']:,}"),
         (

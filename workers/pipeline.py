@@ -74,7 +74,6 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         work / "compressed.json",
         {
             "stages": stages,
-            "fallbacks": streamed.fallbacks,
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
             "num_calibration_tokens": 0 if calibration is None else calibration.numel(),
         },
@@ -176,12 +175,12 @@ def _stage_report(recipe: Recipe, index: int, streamed: Streamed) -> dict[str, A
     """What the report says of a stage: totals for people, each layer for who looks closer."""
     layers = streamed.metrics[index]
     errors = [layer["relative_error"] for layer in layers.values() if "relative_error" in layer]
-    metrics: dict[str, Any] = {"num_layers": len(layers)}
+    metrics: dict[str, Any] = {"num_layers": len(layers), "num_fallbacks": len(streamed.fallbacks[index])}
     if errors:
         metrics["mean_relative_error"] = sum(errors) / len(errors)
     return {
         "technique": recipe.stages[index].model_dump()["technique"],
         "metrics": metrics,
-        "fallbacks": streamed.fallbacks,
+        "fallbacks": streamed.fallbacks[index],
         "layers": layers,
     }

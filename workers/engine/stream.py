@@ -37,7 +37,7 @@ class Streamed:
     probe_logits: Tensor  # float32, tokens × vocabulary: what the artifact has to give on the probe
     metrics: list[dict[str, dict[str, Any]]] = field(default_factory=list)  # of each stage, by layer
     grids: dict[str, tuple[Grid, int]] = field(default_factory=dict)  # of quantized layers, with in_features
-    fallbacks: list[dict[str, Any]] = field(default_factory=list)
+    fallbacks: list[list[dict[str, Any]]] = field(default_factory=list)  # of each stage
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 
 
@@ -49,7 +49,9 @@ class Stream:
         self.recipe = recipe
         self.parts = parts
         self.progress = progress
-        self.result = Streamed(probe_logits=torch.empty(0), metrics=[{} for _ in recipe.stages])
+        self.result = Streamed(
+            probe_logits=torch.empty(0), metrics=[{} for _ in recipe.stages], fallbacks=[[] for _ in recipe.stages]
+        )
 
     @torch.inference_mode()
     def run(self, calibration: Tensor | None, probe: Tensor) -> Streamed:
@@ -140,7 +142,8 @@ class Stream:
             if layer.quantized is not None:
                 metrics["group_size"] = layer.quantized.grid.group_size
             self.result.metrics[index][layer.name] = metrics
-        self.result.fallbacks += layer.fallbacks
+            self.result.fallbacks[index] += layer.fallbacks
+            layer.fallbacks.clear()
 
     def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
         """Everything that the artifact stores of a block."""
