@@ -1,3 +1,4 @@
+import re
 import subprocess
 import sys
 
@@ -84,3 +85,12 @@ def test_a_body_over_the_limit_is_refused(settings: Settings, auth: dict[str, st
     assert answer.status_code == 413
     assert answer.headers["content-type"] == "application/problem+json"
     assert answer.json()["code"] == "body_too_large"
+
+
+def test_the_documentation_page_needs_nothing_from_elsewhere(client: TestClient) -> None:
+    page = client.get("/docs").text
+    assets = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert assets
+    for asset in assets:
+        assert asset.startswith("/"), asset
+        assert client.get(asset).status_code == 200
