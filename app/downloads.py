@@ -108,7 +108,7 @@ def _agrees_with_manifest(folder: Path, files: list[dict[str, Any]]) -> None:
     """The manifest inside the artifact must say the same as the service: it is what stays with the files."""
     try:
         manifest = json.loads((folder / "manifest.json").read_bytes())
-        inside = {(file["path"], file["size_bytes"], file["sha256"]) for file in manifest["files"]}
+        inside = {(file["path"], file["bytes"], file["sha256"]) for file in manifest["files"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DamagedError(f"the artifact has no manifest that can be read: {error}") from error
     outside = {(file["path"], file["size_bytes"], file["sha256"]) for file in files if file["path"] != "manifest.json"}

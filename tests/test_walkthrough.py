@@ -129,7 +129,7 @@ def test_one_real_job_from_body_to_verified_download(home: Path, service: httpx2
     manifest = json.loads((folder / "manifest.json").read_text())
     for file in manifest["files"]:
         content = (folder / file["path"]).read_bytes()
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["size_bytes"], file["sha256"])
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
     names = {file["path"] for file in manifest["files"]}
     assert names >= {"config.json", "model.safetensors", "tokenizer.json", "recipe.json", "report.json", "README.md"}
     assert json.loads((folder / "report.json").read_text()) == report

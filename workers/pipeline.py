@@ -23,6 +23,7 @@ from workers.errors import UserError
 from workers.formats import compressed_tensors
 from workers.formats.parts import Parts, write_json
 from workers.recipe import Recipe
+from workers.sources.tokenizer_file import tokenizer_failures
 from workers.sources.unchanged import check_unchanged
 
 Emit = Callable[[dict[str, Any]], None]
@@ -47,7 +48,8 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     emit({"event": "stage", "index": 0, "status": "running", "metrics": {}})
     checkpoint = Checkpoint(work / "source" / "model")
     architecture = architecture_of(checkpoint.config)
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
+    with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     calibration = _calibration(work, recipe, tokenizer, checkpoint.max_positions, emit)
     probe = tokenize(
         tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"

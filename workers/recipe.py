@@ -112,7 +112,7 @@ class Recipe(_Part):
         if not isinstance(output, Mapping) or not isinstance(stages, list):
             return data
         output = dict(output)
-        quantizes = any(isinstance(stage, Mapping) and stage.get("technique") in _QUANTIZING for stage in stages)
+        quantizes = any(isinstance(stage, Mapping) and str(stage.get("technique")) in _QUANTIZING for stage in stages)
         if output.get("format") is None:
             output["format"] = "compressed-tensors" if quantizes else "safetensors"
         if output["format"] == "compressed-tensors" and output.get("packing") is None:

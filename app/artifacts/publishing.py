@@ -50,7 +50,7 @@ def publish(storage: Storage, folder: Path, *, job_id: str, fence: int) -> Publi
     files = [_described(folder, path) for path in _regular_files(folder)]
     if not files:
         raise CrashError("invalid_artifact", "The artifact has no files.")
-    manifest = {"job_id": job_id, "files": [vars(file) for file in files]}
+    manifest = {"job_id": job_id, "files": [_listed(file) for file in files]}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     files.append(_described(folder, MANIFEST))
     prefix = artifact_prefix(job_id, fence)
@@ -62,6 +62,10 @@ def publish(storage: Storage, folder: Path, *, job_id: str, fence: int) -> Publi
     size_bytes = sum(file.size_bytes for file in files)
     logger.info("published", extra={"job_id": job_id, "fence": fence, "size_bytes": size_bytes})
     return PublishedArtifact(prefix, tuple(files), size_bytes)
+
+
+def _listed(file: PublishedFile) -> dict[str, str | int]:
+    return {"path": file.path, "bytes": file.size_bytes, "sha256": file.sha256}
 
 
 def artifact_prefix(job_id: str, fence: int) -> str:

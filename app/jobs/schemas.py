@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
 from app.catalog.presets import PRESETS
 from workers.recipe import Recipe
+
+_MAX_PARAM_CHARACTERS = 1000
 
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
 
@@ -95,18 +97,26 @@ class JobSubmission(_Sent):
     @classmethod
     def _storable(cls, data: object) -> object:
         """Refuse text that no database column and no file can hold."""
-        waiting: list[tuple[str, object]] = [("", data)]
+        # Paths are chains of parents, written out only for a fault: a long key above many values costs nothing.
+        waiting: list[tuple[_Place | None, object]] = [(None, data)]
         while waiting:
-            path, value = waiting.pop()
+            place, value = waiting.pop()
             if isinstance(value, dict):
-                waiting.extend((f"{path}.{key}", part) for key, part in value.items())
+                waiting.extend((_Place(place, str(key)), part) for key, part in value.items())
                 if not all(_is_storable(key) for key in value):
-                    raise _unstorable(path)
+                    raise _unstorable(place)
             elif isinstance(value, list):
-                waiting.extend((f"{path}[{index}]", part) for index, part in enumerate(value))
+                waiting.extend((_Place(place, index), part) for index, part in enumerate(value))
             elif isinstance(value, str) and not _is_storable(value):
-                raise _unstorable(path)
+                raise _unstorable(place)
         return data
+
+
+class _Place(NamedTuple):
+    """Where a value is in a body."""
+
+    parent: _Place | None
+    step: str | int
 
 
 def _is_storable(text: str) -> bool:
@@ -120,8 +130,12 @@ def _is_storable(text: str) -> bool:
     return True
 
 
-def _unstorable(path: str) -> PydanticCustomError:
-    param = path.removeprefix(".") or None
+def _unstorable(place: _Place | None) -> PydanticCustomError:
+    path = ""
+    while place is not None:
+        path = (f"[{place.step}]" if isinstance(place.step, int) else f".{place.step}") + path
+        place = place.parent
+    param = path.removeprefix(".")[:_MAX_PARAM_CHARACTERS] or None
     return PydanticCustomError(
         "invalid_text", "The text holds a NUL character or half of a surrogate pair", {"param": param}
     )

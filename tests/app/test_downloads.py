@@ -137,7 +137,7 @@ def test_a_service_that_names_a_file_outside_the_folder_writes_nothing(path: str
 
 
 def test_an_artifact_whose_manifest_says_something_else_is_refused(tmp_path: Path) -> None:
-    manifest = json.dumps({"files": [{"path": "b", "size_bytes": 1, "sha256": "0"}]}).encode()
+    manifest = json.dumps({"files": [{"path": "b", "bytes": 1, "sha256": "0"}]}).encode()
     with (
         LyingClient([("a", b"1"), ("manifest.json", manifest)]) as client,
         pytest.raises(DamagedError, match="differ in: a, b"),

@@ -220,6 +220,42 @@ def test_a_model_that_changes_during_the_job_ends_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"hidden_act": "boom"}, "invalid_config"),
+        ({"num_key_value_heads": 0}, "invalid_config"),
+        ({"pad_token_id": 99_999}, "invalid_config"),
+        ({"head_dim": 8}, "checkpoint_mismatch"),
+        ({"num_hidden_layers": 1}, "checkpoint_mismatch"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 0.0}}, "non_finite_activations"),
+    ],
+)
+def test_a_config_that_does_not_describe_the_weights_is_the_users_to_mend(
+    changes: dict[str, Any], code: str, tiny_llama: Path, tmp_path: Path
+) -> None:
+    attempt = fetched(tmp_path / "work", tiny_llama, {"stages": [NEAREST]})
+    path = attempt.work / "source" / "model" / "config.json"
+    config = {**json.loads(path.read_text()), **changes}
+    path.unlink()
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError) as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == code
+
+
+def test_a_tensor_without_a_place_is_refused_before_anything_is_computed(tiny_llama: Path, tmp_path: Path) -> None:
+    attempt = fetched(tmp_path / "work", tiny_llama, {"stages": [NEAREST]})
+    link = attempt.work / "source" / "model" / "model.safetensors"
+    tensors = {**load_file(link), "model.layers.0.extra.weight": torch.zeros(2)}
+    link.unlink()
+    save_file(tensors, link, {"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "checkpoint_mismatch"
+    assert not (attempt.work / "parts").exists()
+
+
+@pytest.mark.parametrize(
     "stages",
     [
         [{**NEAREST, "ignore": ["*"]}],

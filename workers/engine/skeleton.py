@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from workers.architectures import Architecture
 from workers.engine.checkpoint import Checkpoint
 from workers.errors import UserError
 
+logger = logging.getLogger(__name__)
+
 
 class Skeleton:
     """The model of a checkpoint on the meta device; parts of it are real while they are loaded."""
@@ -24,6 +27,7 @@ class Skeleton:
         self.device = device
         self.model = _empty_model(checkpoint.folder)
         self._move_buffers()
+        self._check_names()
 
     @property
     def num_blocks(self) -> int:
@@ -89,6 +93,23 @@ class Skeleton:
             )
         return tensor.to(self.device)
 
+    def _check_names(self) -> None:
+        """Raise UserError ``checkpoint_mismatch`` for a tensor that the model has no place for.
+
+        Left out silently, it would be missed by nobody until the artifact is compared; kept, no loader would open it.
+        """
+        known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
+        known |= {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
+        unknown = [name for name in self.checkpoint.parameters() if name not in known and "rotary_emb" not in name]
+        if unknown:
+            raise UserError(
+                "checkpoint_mismatch",
+                f"The checkpoint has {len(unknown)} tensors that its config.json has no place for, "
+                f"the first {unknown[0][:200]!r}.",
+                param="model.id",
+                hint="Save the model again with transformers' save_pretrained.",
+            )
+
     def _move_buffers(self) -> None:
         """Rotary frequencies and the like are computed from the config, not stored."""
         for module in self.model.modules():
@@ -97,10 +118,25 @@ class Skeleton:
 
 
 def _empty_model(folder: Path) -> Any:
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    if getattr(config, "quantization_config", None) is not None:
-        del config.quantization_config
-    with init_empty_weights(include_buffers=False):
-        auto: Any = AutoModelForCausalLM
-        model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
+    auto: Any = AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        if getattr(config, "quantization_config", None) is not None:
+            del config.quantization_config
+        with init_empty_weights(include_buffers=False):
+            model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+    except Exception as error:
+        # Whatever transformers makes of a config that describes no model: the config is the user's.
+        logger.exception("config.json describes no model")
+        raise UserError(
+            "invalid_config",
+            f"config.json describes no model that transformers can build: {_first_line(error)}",
+            param="model.id",
+            hint="Compare config.json with the one that the checkpoint was saved with.",
+        ) from error
     return model.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

@@ -18,6 +18,7 @@ from workers.engine.forward import ForwardPass, stop_before
 from workers.engine.layer import Layer
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
+from workers.errors import UserError
 from workers.formats import compressed_tensors
 from workers.formats.parts import Parts
 from workers.recipe import Recipe
@@ -169,6 +170,13 @@ class Stream:
         skeleton.load_head()
         logits = probe_pass.finish()[0].cpu()
         skeleton.unload(skeleton.architecture.head)
+        if not bool(torch.isfinite(logits).all()):
+            raise UserError(
+                "non_finite_activations",
+                "The compressed model's logits are not finite.",
+                param="model.id",
+                hint="Check that the original gives finite logits on the evaluation text; see its config.json.",
+            )
         return logits
 
     @contextmanager

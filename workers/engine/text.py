@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import UserError
+from workers.sources.tokenizer_file import tokenizer_failures
 
 DOCUMENT_SEPARATOR = "\n\n"
 FEWEST_TOKENS = 8
@@ -29,7 +30,8 @@ def tokenize(tokenizer: Any, documents: Iterable[str], *, param: str) -> Tensor:
     Raises:
         UserError: ``empty_dataset`` if that is fewer than eight tokens.
     """
-    ids = tokenizer(DOCUMENT_SEPARATOR.join(documents), return_attention_mask=False, verbose=False)["input_ids"]
+    with tokenizer_failures("invalid_tokenizer", "The tokenizer failed on the text"):
+        ids = tokenizer(DOCUMENT_SEPARATOR.join(documents), return_attention_mask=False, verbose=False)["input_ids"]
     if len(ids) < FEWEST_TOKENS:
         raise UserError(
             "empty_dataset",

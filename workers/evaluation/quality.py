@@ -56,8 +56,20 @@ class TokenMeasures:
 
 
 def windows_of(ids: Tensor, num_tokens: int, max_seq_length: int) -> list[Tensor]:
-    """Consecutive windows of token ids, without overlap; the last may be shorter."""
-    return [window for window in torch.split(ids[:num_tokens], max_seq_length) if window.numel() > 1]
+    """Consecutive windows of token ids, without overlap; the last may be shorter.
+
+    Raises:
+        UserError: ``empty_dataset`` where no window has two tokens, one to read and one to score.
+    """
+    windows = [window for window in torch.split(ids[:num_tokens], max_seq_length) if window.numel() > 1]
+    if not windows:
+        raise UserError(
+            "empty_dataset",
+            "The evaluation text gives no window of two tokens.",
+            param="recipe.evaluation",
+            hint="Give longer text; the model may have too few positions.",
+        )
+    return windows
 
 
 @torch.inference_mode()

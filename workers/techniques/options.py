@@ -47,7 +47,7 @@ class StageOptions(BaseModel):
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
 
     ignore: Annotated[
-        list[str],
+        list[Annotated[str, Field(min_length=1, max_length=200)]],
         Field(
             description="Names or shell-style patterns of linear layers to leave as they are, for example "
             "`model.layers.0.*` or `*.down_proj`.",

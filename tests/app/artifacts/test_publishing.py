@@ -57,8 +57,8 @@ def test_the_manifest_tells_of_every_other_file(folder: Path, tmp_path: Path) ->
     assert manifest == {
         "job_id": "job_1",
         "files": [
-            {"path": "deep/tokenizer.json", "size_bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()},
-            {"path": "model.safetensors", "size_bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()},
+            {"path": "deep/tokenizer.json", "bytes": 2, "sha256": hashlib.sha256(b"{}").hexdigest()},
+            {"path": "model.safetensors", "bytes": 7, "sha256": hashlib.sha256(b"weights").hexdigest()},
         ],
     }
     assert len(again.files) == 3

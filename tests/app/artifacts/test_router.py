@@ -62,7 +62,7 @@ def test_the_manifest_verifies_what_is_downloaded(
     assert len(manifest["files"]) == 3
     for file in manifest["files"]:
         content = client.get(f"{published.url}/{file['path']}", headers=auth).content
-        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["size_bytes"], file["sha256"])
+        assert (len(content), hashlib.sha256(content).hexdigest()) == (file["bytes"], file["sha256"])
 
 
 def test_a_whole_file_comes_with_its_sha256_as_a_strong_etag(

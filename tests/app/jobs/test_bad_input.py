@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -68,6 +69,8 @@ Refused = Callable[..., dict[str, Any]]
         ([{"technique": "gtpq"}], "unknown_technique", "recipe.stages[0].technique"),
         ([PRUNING, {"technique": 1}], "unknown_technique", "recipe.stages[1].technique"),
         ([{"group_size": 64}], "missing_field", "recipe.stages[0].technique"),
+        ([{"technique": ["gptq"]}], "unknown_technique", "recipe.stages[0].technique"),
+        ([{**GPTQ, "ignore": ["x" * 201]}], "invalid_value", "recipe.stages[0].ignore[0]"),
         (["gptq"], "invalid_type", "recipe.stages[0]"),
         ([], "invalid_value", "recipe.stages"),
         ([PRUNING] * 33, "invalid_value", "recipe.stages"),
@@ -376,3 +379,10 @@ def test_a_fifo_in_place_of_a_file_does_not_hang_the_service(
     problem = refused(422, model={"id": "file:fifo"})
     shutil.rmtree(folder)
     assert problem["param"] == "model.id"
+
+
+def test_many_faults_and_long_keys_are_refused_in_no_time(refused: Refused) -> None:
+    begin = time.monotonic()
+    refused(422, **{f"field_{number}": 0 for number in range(20_000)})
+    refused(422, **{"k" * 100_000: [0] * 100_000})
+    assert time.monotonic() - begin < 10
