@@ -15,6 +15,7 @@ from workers.sources.safetensors_header import MAX_HEADER_BYTES, TensorInfo, rea
 MAX_JSON_BYTES = 64 * 1024 * 1024
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
 MAX_SHARDS = 2_000
+_MAX_DEPTH = 64
 
 CONFIG = "config.json"
 SINGLE_WEIGHTS = "model.safetensors"
@@ -140,7 +141,25 @@ def read_json(source: FileSource, name: str, max_bytes: int = MAX_JSON_BYTES) ->
         raise _refusal("invalid_config", f"{name} is not JSON.", hint) from None
     if not isinstance(data, dict):
         raise _refusal("invalid_config", f"{name} is not a JSON object.", hint)
+    if not _is_shallow(data):
+        raise _refusal("invalid_config", f"{name} is nested more than {_MAX_DEPTH} deep.", hint)
     return data
+
+
+def _is_shallow(value: object) -> bool:
+    """Whether what walks ``value`` by recursion, here or in a loader, stays far from the interpreter's limit."""
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [child for parent in level for child in _children(parent) if isinstance(child, dict | list)]
+        if not level:
+            return True
+    return False
+
+
+def _children(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, list) else ()
 
 
 def check_tokenizer(names: Iterable[str]) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import IO, cast
 
@@ -19,6 +20,8 @@ from workers.sources.identifiers import parse_file_name, parse_hub_name
 # Consecutive paragraphs of a text file are gathered up to this size: samples then hold connected text.
 _DOCUMENT_CHARACTERS = 4_000
 _MAX_LINE_CHARACTERS = 16_000_000
+# A file without text in so many lines is refused for holding none: a request does not wait for more.
+_MAX_CHECKED_LINES = 500_000
 _TABLES = {".csv": ",", ".tsv": "\t"}
 _HUB_OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,120}")
 
@@ -43,7 +46,7 @@ def check_dataset(
 
             dataset_commit(parse_hub_dataset(dataset)[0], token=token, timeout_seconds=timeout_seconds)
             return
-        texts = load_texts(dataset, text_field, model_roots, token)
+        texts = load_texts(dataset, text_field, model_roots, token, max_lines=_MAX_CHECKED_LINES)
         if next(texts, None) is None:
             raise empty_dataset()
     except JobError as error:
@@ -57,10 +60,11 @@ def load_texts(
     token: str | None = None,
     *,
     commit: str | None = None,
+    max_lines: int | None = None,
 ) -> Iterator[str]:
     """The documents of a dataset that hold more than white space, in their order, read as they are asked for.
 
-    ``commit`` pins a dataset of the hub.
+    ``commit`` pins a dataset of the hub. Of a file, at most ``max_lines`` are read.
 
     Raises the UserErrors of :func:`check_dataset` with ``param`` relative: ``dataset`` or ``text_field``.
     """
@@ -71,7 +75,7 @@ def load_texts(
     elif dataset.startswith("hub:"):
         documents = _hub(dataset, text_field, token, commit)
     else:
-        documents = _file(dataset.removeprefix("file:"), text_field, model_roots)
+        documents = _file(dataset.removeprefix("file:"), text_field, model_roots, max_lines)
     return (text for text in documents if text.strip())
 
 
@@ -136,7 +140,7 @@ def builtin_sha256() -> str:
     return digest.hexdigest()
 
 
-def _file(name: str, text_field: str, model_roots: Sequence[Path]) -> Iterator[str]:
+def _file(name: str, text_field: str, model_roots: Sequence[Path], max_lines: int | None) -> Iterator[str]:
     try:
         parts = parse_file_name(name)
     except ValueError as error:
@@ -160,18 +164,20 @@ def _file(name: str, text_field: str, model_roots: Sequence[Path]) -> Iterator[s
             "Put it under one of the folders of ATTAR_MODEL_ROOTS.",
         )
     newline = "" if suffix in _TABLES else None  # a table's quoted cells keep their own line ends
-    return _read_file(os.fdopen(descriptor, encoding="utf-8-sig", newline=newline), suffix, text_field)
+    file = os.fdopen(descriptor, encoding="utf-8-sig", newline=newline)
+    return _read_file(file, suffix, text_field, max_lines)
 
 
-def _read_file(file: IO[str], suffix: str, text_field: str) -> Iterator[str]:
+def _read_file(file: IO[str], suffix: str, text_field: str, max_lines: int | None) -> Iterator[str]:
+    lines = islice(_lines(file), max_lines)
     with file:
         try:
             if suffix == ".txt":
-                yield from _paragraphs(_lines(file))
+                yield from _paragraphs(lines)
             elif suffix == ".jsonl":
-                yield from _json_lines(_lines(file), text_field)
+                yield from _json_lines(lines, text_field)
             else:
-                yield from _table(file, _TABLES[suffix], text_field)
+                yield from _table(lines, _TABLES[suffix], text_field)
         except UnicodeDecodeError:
             raise _refusal("invalid_dataset", "The file is not UTF-8 text.", "Save it as UTF-8.") from None
 
@@ -179,9 +185,7 @@ def _read_file(file: IO[str], suffix: str, text_field: str) -> Iterator[str]:
 def _lines(file: IO[str]) -> Iterator[str]:
     while line := file.readline(_MAX_LINE_CHARACTERS):
         if len(line) == _MAX_LINE_CHARACTERS and not line.endswith("\n"):
-            raise _refusal(
-                "invalid_dataset", f"A line is longer than {_MAX_LINE_CHARACTERS} characters.", "Break the text up."
-            )
+            raise _too_long("A line")
         yield line
 
 
@@ -190,6 +194,8 @@ def _paragraphs(lines: Iterator[str]) -> Iterator[str]:
     document: list[str] = []
     num_characters = 0
     for line in lines:
+        if line == "\n" and not document:
+            continue
         if not line.strip() and num_characters >= _DOCUMENT_CHARACTERS:
             yield "".join(document).strip("\n")
             document, num_characters = [], 0
@@ -215,14 +221,25 @@ def _json_lines(lines: Iterator[str], text_field: str) -> Iterator[str]:
         yield _text_of(row, text_field, f"line {number}")
 
 
-def _table(file: IO[str], delimiter: str, text_field: str) -> Iterator[str]:
+def _table(lines: Iterator[str], delimiter: str, text_field: str) -> Iterator[str]:
+    num_characters = 0
+
+    def lines_of_a_row() -> Iterator[str]:
+        nonlocal num_characters
+        for line in lines:
+            num_characters += len(line)
+            if num_characters > _MAX_LINE_CHARACTERS:
+                raise _too_long("A row")
+            yield line
+
     # The limit is the process's; its default of 128 KiB a cell is less than a document may have.
     csv.field_size_limit(_MAX_LINE_CHARACTERS)
     try:
-        for row in csv.DictReader(file, delimiter=delimiter, strict=True):
+        for row in csv.DictReader(lines_of_a_row(), delimiter=delimiter, strict=True):
             if text_field not in row:
                 raise _missing_field(text_field, "the header", [name for name in row if name])
             yield row[text_field] or ""
+            num_characters = 0
     except csv.Error as error:
         raise _refusal("invalid_dataset", f"The table cannot be read: {error}.", "Quote it as RFC 4180 says.") from None
 
@@ -254,6 +271,11 @@ def _missing_field(text_field: str, place: str, names: Sequence[str]) -> UserErr
         param="text_field",
         hint=f"The fields are: {', '.join(map(str, names[:20]))[:400]}.",
     )
+
+
+def _too_long(what: str) -> UserError:
+    message = f"{what} is longer than {_MAX_LINE_CHARACTERS} characters."
+    return _refusal("invalid_dataset", message, "Break the text up.")
 
 
 def _refusal(code: str, message: str, hint: str) -> UserError:

@@ -10,6 +10,8 @@ from typing import Any
 
 MAX_HEADER_BYTES = 512 * 1024 * 1024
 _MAX_ENTRIES = 100_000
+# Of all arrays together; a vocabulary of a million tokens comes to four million. As objects they outgrow the file.
+_MAX_VALUES = 2**24
 _MAX_DIMENSIONS = 4
 _STRING, _ARRAY = 8, 9
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
@@ -69,22 +71,16 @@ class _Reader:
     def __init__(self, data: memoryview) -> None:
         self.data = data
         self.position = 0
+        self.num_values = 0
 
     def unpack(self, layout: str) -> tuple[Any, ...]:
-        values = struct.unpack_from("<" + layout, self.data, self.position)
-        self.position += struct.calcsize("<" + layout)
-        if self.position > MAX_HEADER_BYTES:
-            raise GgufError(f"its header is larger than {MAX_HEADER_BYTES} bytes")
-        return values
+        start = self._advance(struct.calcsize("<" + layout))
+        return struct.unpack_from("<" + layout, self.data, start)
 
     def string(self) -> str:
         (length,) = self.unpack("Q")
-        end = self.position + length
-        if end > len(self.data):
-            raise struct.error
-        text = str(self.data[self.position : end], "utf-8")
-        self.position = end
-        return text
+        start = self._advance(length)
+        return str(self.data[start : self.position], "utf-8")
 
     def value(self, kind: int) -> object:
         if kind in _SCALARS:
@@ -94,13 +90,24 @@ class _Reader:
         if kind != _ARRAY:
             raise GgufError(f"it holds a value of the unknown kind {kind}")
         kind, count = self.unpack("IQ")
-        if count > len(self.data):
-            raise struct.error
+        self.num_values += count
+        if self.num_values > _MAX_VALUES:
+            raise GgufError(f"its arrays hold more than {_MAX_VALUES} values")
         if kind in _SCALARS:
             return list(self.unpack(f"{count}{_SCALARS[kind]}"))
         if kind == _STRING:
             return [self.string() for _ in range(count)]
         raise GgufError("it holds an array within an array")
+
+    def _advance(self, num_bytes: int) -> int:
+        """Go past ``num_bytes`` that may be read; returns where they start."""
+        start, end = self.position, self.position + num_bytes
+        if end > len(self.data):
+            raise struct.error
+        if end > MAX_HEADER_BYTES:
+            raise GgufError(f"its header is larger than {MAX_HEADER_BYTES} bytes")
+        self.position = end
+        return start
 
 
 def _table_entry(reader: _Reader) -> tuple[str, tuple[int, ...], int, int]:

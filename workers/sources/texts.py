@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from workers.errors import JobError, UserError
 from workers.recipe import BUILTIN_DATASET, Calibration, Dataset, Evaluation, InlineDataset, Recipe
 from workers.sources.datasets import builtin_sha256, describe, empty_dataset, load_texts, located, parse_hub_dataset
 from workers.sources.identifiers import parse_file_name
+from workers.sources.passages import Passages
 
 # Enough for any tokenizer: English has 4 to 5 characters a token. More would only cost time.
 _CHARACTERS_A_TOKEN = 12
@@ -28,8 +29,8 @@ def write_texts(
     """Write ``evaluation.jsonl``, and ``calibration.jsonl`` if a stage needs it; tell what they hold.
 
     From one source, every third document is evaluation's, whether or not anything is calibrated, so that results
-    compare. From two, evaluation leaves out what calibration has. Raises the UserErrors of
-    :func:`workers.sources.datasets.check_dataset`.
+    compare. From two, evaluation leaves out the passages that calibration has, whatever file or layout they come in.
+    Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`.
     """
     calibration, evaluation = recipe.calibration, recipe.evaluation
     needs_calibration = bool(recipe.statistics)
@@ -43,12 +44,19 @@ def write_texts(
             with _located("recipe.evaluation.dataset"):
                 divide(sources.texts(evaluation), calibrating.add, evaluating.add)
         else:
+            used = Passages()
             if needs_calibration:
                 with _located("recipe.calibration.dataset"):
-                    _fill(sources.texts(calibration), calibrating)
-            used = set() if evaluation.allow_overlap else calibrating.seen
+                    for text in sources.texts(calibration):
+                        if not evaluation.allow_overlap:
+                            used.add(text)
+                        if not calibrating.add(text):
+                            break
             with _located("recipe.evaluation.dataset"):
-                _fill((text for text in sources.texts(evaluation) if _key(text) not in used), evaluating)
+                for text in sources.texts(evaluation):
+                    left = text if evaluation.allow_overlap else used.left_out_of(text)
+                    if not evaluating.add(left, num_removed=len(text) - len(left)):
+                        break
         if needs_calibration and not calibrating.num_documents:
             raise empty_dataset().at("recipe.calibration.dataset")
         if not evaluating.num_documents:
@@ -67,26 +75,48 @@ def write_texts(
     return described
 
 
-def divide(texts: Iterator[str], calibrate: Callable[[str], bool], evaluate: Callable[[str], bool]) -> None:
-    """Give each text to one side, until both return False for having enough. Texts that repeat are dropped.
+class Take(Protocol):
+    """One side of the texts."""
+
+    def __call__(self, text: str, /, *, num_removed: int) -> bool:
+        """Take a text that lost so many characters before; False for having enough."""
+        ...
+
+
+def divide(texts: Iterator[str], calibrate: Take, evaluate: Take) -> None:
+    """Give each text to one side, until both have enough. Texts that repeat are dropped.
+
+    A passage belongs to the side that it comes to first, and is left out of the other. Calibration's is remembered
+    even when calibration takes no more, so that evaluation never depends on how much that wants.
+    """
+    wanting = {calibrate: True, evaluate: True}
+    used = {calibrate: Passages(), evaluate: Passages()}
+    for text, take, other in _sides(_distinct(texts), calibrate, evaluate):
+        if take is calibrate or wanting[take]:
+            left = used[other].left_out_of(text)
+            used[take].add(left)
+            wanting[take] = wanting[take] and take(left, num_removed=len(text) - len(left))
+        if not any(wanting.values()):
+            return
+
+
+def _sides(texts: Iterator[str], calibrate: Take, evaluate: Take) -> Iterator[tuple[str, Take, Take]]:
+    """Each text, the side it goes to and the other one.
 
     Fewer than three texts are cut instead: their last third is evaluation's.
     """
-    distinct = _distinct(texts)
-    first = list(islice(distinct, _EVALUATION_EVERY))
+    first = list(islice(texts, _EVALUATION_EVERY))
     if len(first) < _EVALUATION_EVERY:
         for text in first:
             position = _cut(text)
-            for part, take in ((text[:position], calibrate), (text[position:], evaluate)):
-                if part.strip():
-                    take(part)
+            yield text[:position], calibrate, evaluate
+            yield text[position:], evaluate, calibrate
         return
-    wanting = {calibrate: True, evaluate: True}
-    for index, text in enumerate(chain(first, distinct)):
-        take = evaluate if index % _EVALUATION_EVERY == _EVALUATION_EVERY - 1 else calibrate
-        wanting[take] = wanting[take] and take(text)
-        if not any(wanting.values()):
-            return
+    for index, text in enumerate(chain(first, texts)):
+        if index % _EVALUATION_EVERY == _EVALUATION_EVERY - 1:
+            yield text, evaluate, calibrate
+        else:
+            yield text, calibrate, evaluate
 
 
 class _TextFile:
@@ -97,8 +127,8 @@ class _TextFile:
         self._digest = hashlib.sha256()
         self._wanted_characters = min(num_tokens * _CHARACTERS_A_TOKEN, _MAX_CHARACTERS)
         self._num_characters = 0
+        self._num_removed_characters = 0
         self.num_documents = 0
-        self.seen: set[bytes] = set()
 
     def __enter__(self) -> Self:
         return self
@@ -106,15 +136,19 @@ class _TextFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, text: str) -> bool:
-        """Take ``text`` unless there is enough already; False when no more is wanted."""
+    def add(self, text: str, *, num_removed: int = 0) -> bool:
+        """Take ``text``, unless it is blank or there is enough already; False when no more is wanted.
+
+        ``num_removed`` characters of it were left out for being the other side's.
+        """
         if self._num_characters < self._wanted_characters:
-            line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
-            self._file.write(line)
-            self._digest.update(line)
-            self._num_characters += len(text)
-            self.num_documents += 1
-            self.seen.add(_key(text))
+            self._num_removed_characters += num_removed
+            if text.strip():
+                line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+                self._file.write(line)
+                self._digest.update(line)
+                self._num_characters += len(text)
+                self.num_documents += 1
         return self._num_characters < self._wanted_characters
 
     def describe(self) -> dict[str, Any]:
@@ -123,6 +157,7 @@ class _TextFile:
             "sha256": self._digest.hexdigest(),
             "num_documents": self.num_documents,
             "num_characters": self._num_characters,
+            "num_removed_characters": self._num_removed_characters,
         }
 
 
@@ -186,23 +221,13 @@ def _same(dataset: Dataset) -> object:
     return dataset
 
 
-def _fill(texts: Iterator[str], file: _TextFile) -> None:
-    for text in texts:
-        if not file.add(text):
-            return
-
-
 def _distinct(texts: Iterator[str]) -> Iterator[str]:
     seen: set[bytes] = set()
     for text in texts:
-        key = _key(text)
+        key = hashlib.sha256(text.strip().encode()).digest()
         if key not in seen:
             seen.add(key)
             yield text
-
-
-def _key(text: str) -> bytes:
-    return hashlib.sha256(text.strip().encode()).digest()
 
 
 def _cut(text: str) -> int:

@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import json
 import re
+import time
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -145,3 +147,24 @@ def test_other_hub_datasets_are_refused(dataset: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_hub_dataset(dataset)
     assert caught.value.code == "invalid_dataset"
+
+
+@pytest.mark.parametrize("name", ["nul.csv", "nul.txt", "row.csv"])
+def test_an_endless_line_or_row_is_refused_with_bounded_memory(root: Path, name: str) -> None:
+    with (root / name).open("wb") as file:
+        file.write(b'text\n"' + b"a,b\n" * 5_000_000 if name == "row.csv" else b"text\n")
+        file.truncate(200_000_000)
+    tracemalloc.start()
+    try:
+        assert refused(root, f"file:{name}") == ("invalid_dataset", PARAM)
+        assert tracemalloc.get_traced_memory()[1] < 200_000_000
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["blank.txt", "blank.jsonl", "blank.csv"])
+def test_a_file_of_nothing_but_line_ends_is_refused_soon(root: Path, name: str) -> None:
+    (root / name).write_bytes(b"text\n" * (name == "blank.csv") + b"\n" * 20_000_000)
+    started = time.monotonic()
+    assert refused(root, f"file:{name}") == ("empty_dataset", PARAM)
+    assert time.monotonic() - started < 5

@@ -9,6 +9,7 @@ import pytest
 
 from workers.errors import UserError
 from workers.recipe import Recipe
+from workers.sources.datasets import load_texts
 from workers.sources.texts import write_texts
 
 ROUNDING = {"technique": "round_to_nearest"}
@@ -127,3 +128,99 @@ def test_an_error_names_the_part_of_the_recipe(tmp_path: Path) -> None:
         with pytest.raises(UserError) as caught:
             write(tmp_path, calibration, evaluation)
         assert caught.value.param == param
+
+
+# What an attacker did to have the same text on both sides.
+
+PARAGRAPHS = [
+    "\n".join(" ".join(f"Word{part}x{line}x{word}" for word in range(9)) for line in range(3)) for part in range(40)
+]
+SHORT = [f"Item{index} is of some colour{index} here" for index in range(40)]
+
+
+def runs(texts: list[str], num_words: int = 13) -> set[tuple[str, ...]]:
+    words = " ".join(texts).casefold().split()
+    return {tuple(words[start : start + num_words]) for start in range(len(words) - num_words + 1)}
+
+
+def assert_apart(folder: Path, described: Any, own: str) -> None:
+    calibration, evaluation = read(folder, "calibration"), read(folder, "evaluation")
+    assert calibration
+    assert evaluation == [own]
+    assert not runs(calibration) & runs(evaluation)
+    assert described["evaluation"]["num_removed_characters"] > 0
+
+
+def test_the_same_text_under_another_name_form_case_or_layout_is_left_out(tmp_path: Path) -> None:
+    own = "This sentence is of evaluation alone."
+    text = "\n\n".join(PARAGRAPHS[:4])
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_text(text + "\n\n" + own)
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps({"text": part}) + "\n" for part in [*PARAGRAPHS[:4], own]))
+    for evaluation in (
+        inline(text, own),
+        inline(text.upper(), own),
+        inline(" ".join(text.split()), own),
+        inline(text.replace(" ", "\u00a0 "), own),
+        inline(*PARAGRAPHS[:4], own),
+        inline(text[700:], own),
+        inline(*text.replace("\n\n", "\n").splitlines()[::2], own),
+        "file:b.jsonl",
+    ):
+        assert_apart(tmp_path, write(tmp_path, "file:a.txt", evaluation), own)
+    described = write(tmp_path, "file:a.txt", "file:b.txt")
+    assert read(tmp_path, "evaluation")[0].strip() == own
+    assert described["evaluation"]["num_removed_characters"] >= len(text)
+
+
+def test_short_paragraphs_are_found_in_one_document_that_joins_them(tmp_path: Path) -> None:
+    own = "This sentence is of evaluation alone."
+    for calibration in (inline("\n\n".join(SHORT)), inline("\n".join(SHORT)), inline(" ".join(SHORT))):
+        assert_apart(tmp_path, write(tmp_path, calibration, inline(*SHORT, own)), own)
+    described = write(tmp_path, inline(*SHORT), inline(" ".join(SHORT[:3]), "\n\n".join(SHORT), own))
+    assert described["evaluation"]["num_removed_characters"] > len("".join(SHORT))
+
+
+def test_only_the_shared_sentences_of_a_long_paragraph_are_left_out(tmp_path: Path) -> None:
+    shared = " ".join(f"shared{index}" for index in range(15)) + "."
+    write(tmp_path, inline(f"Before this. {shared}"), inline(f"One stays. {shared} Another one stays."))
+    assert read(tmp_path, "evaluation") == ["One stays. Another one stays."]
+
+
+def test_a_file_copy_of_the_built_in_text_shares_nothing_with_it(tmp_path: Path) -> None:
+    copy = "\n\n".join(load_texts("builtin:python-docs", "text", []))
+    (tmp_path / "copy.txt").write_text(copy)
+    described = write(tmp_path, "builtin:python-docs", "file:copy.txt")
+    sides = [
+        {" ".join(part.split()) for text in read(tmp_path, name) for part in re.split(r"\n\s*\n", text) if part.strip()}
+        for name in ("calibration", "evaluation")
+    ]
+    assert all(sides)
+    assert not sides[0] & sides[1]
+    assert described["evaluation"]["num_removed_characters"] > 0
+
+
+def test_a_copy_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    text = "\n\n".join(PARAGRAPHS[:4])
+    with pytest.raises(UserError) as caught:
+        write(tmp_path, inline(text), inline(text.lower(), *PARAGRAPHS[:4]))
+    assert (caught.value.code, caught.value.param) == ("empty_dataset", "recipe.evaluation.dataset")
+    assert "allow_overlap" in str(caught.value.hint)
+
+
+def test_a_paragraph_that_repeats_within_one_source_is_on_one_side(tmp_path: Path) -> None:
+    notice = "Copyright by Nobody."
+    documents = [f"{notice}\n\nText {name} of its own." for name in "abcdef"]
+    described = write(tmp_path, inline(*documents), inline(*documents))
+    assert read(tmp_path, "evaluation") == ["Text c of its own.", "Text f of its own."]
+    assert described["evaluation"]["num_removed_characters"] == 2 * len(notice + "\n\n")
+    single = "\n\n".join([*PARAGRAPHS[:8], *PARAGRAPHS[:3], *PARAGRAPHS[8:10]])
+    write(tmp_path, inline(single), inline(single))
+    assert not runs(read(tmp_path, "calibration")) & runs(read(tmp_path, "evaluation"))
+
+
+def test_a_source_that_repeats_is_divided_the_same_without_calibration(tmp_path: Path) -> None:
+    documents = [PARAGRAPHS[index % 7] + f"\n\nText {index} of its own." for index in range(30)]
+    with_calibration = write(tmp_path, inline(*documents), inline(*documents))
+    without = write(tmp_path, inline(*documents), inline(*documents), stage=ROUNDING)
+    assert with_calibration["evaluation"] == without["evaluation"]
