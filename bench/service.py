@@ -65,19 +65,22 @@ def main() -> None:
 
 
 def _client(home: Path, port: int) -> httpx2.Client:
-    client = httpx2.Client(base_url=f"http://127.0.0.1:{port}", timeout=30)
+    url = f"http://127.0.0.1:{port}"
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        try:
-            if client.get("/readyz").status_code == 200:
-                break
-        except httpx2.TransportError:
-            pass
+    while not _is_ready(url) and time.monotonic() < deadline:
         time.sleep(0.2)
     credentials = json.loads((home / "credentials.json").read_text())
-    client.headers["Authorization"] = f"Bearer {credentials['api_key']}"
     time.sleep(15)  # the worker's spare process imports torch
-    return client
+    return httpx2.Client(
+        base_url=url, timeout=30, headers={"Authorization": f"Bearer {credentials['api_key']}"}, trust_env=False
+    )
+
+
+def _is_ready(url: str) -> bool:
+    try:
+        return httpx2.get(f"{url}/readyz", trust_env=False).status_code == 200
+    except httpx2.TransportError:
+        return False
 
 
 def _submit(client: httpx2.Client, model: str, recipe: dict[str, Any]) -> str:
