@@ -7,6 +7,7 @@ from typing import Annotated
 
 from fastapi import Depends
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from sqlalchemy.orm import Session
 
 from app.dependencies import AppParts
 from app.errors import UnauthorizedError
@@ -25,9 +26,11 @@ class Principal:
 _bearer = HTTPBearer(auto_error=False, description="An API key, made by `attar keys create NAME`.")
 
 
-def _authenticate(
-    parts: AppParts, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-) -> Principal:
+BearerCredentials = Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
+
+
+def authenticate(session: Session, credentials: HTTPAuthorizationCredentials | None) -> Principal:
+    """Whoever the key stands for; raises UnauthorizedError without a key that is valid now."""
     if credentials is None:
         raise UnauthorizedError(
             "missing_api_key",
@@ -35,9 +38,12 @@ def _authenticate(
             hint="Send `Authorization: Bearer KEY`; `attar keys create NAME` makes a key.",
             headers={"WWW-Authenticate": "Bearer"},
         )
-    with parts.database.reading() as session:
-        key = keys.authenticate(session, credentials.credentials)
-        return Principal(key.tenant_id, key.id, frozenset(key.scopes))
+    key = keys.authenticate(session, credentials.credentials)
+    return Principal(key.tenant_id, key.id, frozenset(key.scopes))
 
 
-CurrentPrincipal = Annotated[Principal, Depends(_authenticate)]
+def _principal(parts: AppParts, credentials: BearerCredentials) -> Principal:
+    return parts.database.read(lambda session: authenticate(session, credentials))
+
+
+CurrentPrincipal = Annotated[Principal, Depends(_principal)]

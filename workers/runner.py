@@ -23,7 +23,7 @@ from typing import Any
 from workers.errors import CrashError, InfrastructureError, JobError
 
 _PR_SET_PDEATHSIG = 1
-NICENESS = 5
+NICENESS = 10
 logger = logging.getLogger(__name__)
 
 

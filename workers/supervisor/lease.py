@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_WRITE_SECONDS = 1.0  # progress is written at most this often
+_WRITE_SECONDS = 1.0  # progress is written at most this often, but for a phase that begins
 _MARGIN = 0.9  # of the lease: past it, nobody may rely on the lease any more
 _JOIN_SECONDS = 40  # a transaction on a cut network takes as long to fail
 _RETRY_SECONDS = 1.0
@@ -79,6 +79,7 @@ class Lease:
         self._database = database
         self._claim = claim
         self._stop = threading.Event()
+        self._wake = threading.Event()
         self._lock = threading.Lock()
         self._pending: Update | None = None
         self._confirmed_at = self._beat_at = clock()
@@ -102,10 +103,12 @@ class Lease:
         """Whether no beat succeeded for so long that another worker may have been given the job."""
         return clock() - self._confirmed_at > self._settings.lease_seconds * _MARGIN
 
-    def post(self, update: Update) -> None:
-        """Have ``update`` written soon."""
+    def post(self, update: Update, *, at_once: bool = False) -> None:
+        """Have ``update`` written with the next look at the job, or now."""
         with self._lock:
             self._pending = update.after(self._pending)
+        if at_once:
+            self._wake.set()
 
     def take_pending(self) -> Update | None:
         """What is not written yet."""
@@ -116,13 +119,18 @@ class Lease:
     def stop(self) -> None:
         """End the thread; the lease stays as it is until it expires or the job is ended."""
         self._stop.set()
+        self._wake.set()
         self._thread.join(_JOIN_SECONDS)
 
     def _run(self) -> None:
         pause_seconds = min(self._settings.status_poll_seconds, self._settings.heartbeat_seconds)
-        while not self._stop.wait(pause_seconds):
+        while True:
+            woken = self._wake.wait(pause_seconds)
+            self._wake.clear()
+            if self._stop.is_set():
+                return
             try:
-                status = self._talk()
+                status = self._talk(write_now=woken)
             except OUTAGES as error:
                 if not self._down:
                     logger.warning("cannot reach the database: %s", first_line(error), extra=self._names())
@@ -138,11 +146,11 @@ class Lease:
                 return
             self.status = status
 
-    def _talk(self) -> attempts.HeldStatus | None:
+    def _talk(self, *, write_now: bool) -> attempts.HeldStatus | None:
         """One transaction: a beat when it is due, progress when there is some, else a look at the status."""
         claim, now = self._claim, clock()
         beat_due = now - self._beat_at >= self._settings.heartbeat_seconds or self._down
-        update = self.take_pending() if now - self._written_at >= _WRITE_SECONDS else None
+        update = self.take_pending() if write_now or now - self._written_at >= _WRITE_SECONDS else None
         try:
             with self._database.transaction() as session:
                 status = None

@@ -21,19 +21,23 @@ class Reporter:
         self._claim = claim
         self._lease = lease
         self._progress = Progress([stage["technique"] for stage in claim.recipe["stages"]])
+        self._is_silent = True  # the phase's process has not told how far it is
         self._num_warnings = 0
         self._unwritten: Update | None = None
 
     def begin(self, phase: str) -> None:
         """A phase starts."""
         self._progress.begin(phase)
-        self._post()
+        self._is_silent = True
+        self._post(at_once=True)
 
     def hear(self, message: Message) -> None:
         """Keep what a process says, to be written soon."""
         if isinstance(message, ProgressMessage):
             self._progress.update(message)
-            self._post()
+            # A user sees at once that a phase works; how far it is may come a second late.
+            self._post(at_once=self._is_silent)
+            self._is_silent = False
         elif isinstance(message, StageMessage) and self._progress.update_stage(message):
             data = {"index": message.index, "metrics": message.metrics}
             self._post(events=(JobEvent(f"stage.{message.status}", data),))
@@ -57,5 +61,7 @@ class Reporter:
         revision: str | None = None,
         warnings: tuple[dict[str, Any], ...] = (),
         events: tuple[JobEvent, ...] = (),
+        at_once: bool = False,
     ) -> None:
-        self._lease.post(Update(self._progress.snapshot(), self._progress.stages, revision, warnings, events))
+        update = Update(self._progress.snapshot(), self._progress.stages, revision, warnings, events)
+        self._lease.post(update, at_once=at_once)
