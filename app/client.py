@@ -3,16 +3,20 @@
 AttarError
 ├── RefusedError       the service answered with a problem: status, code, param, hint
 ├── UnreachableError   nothing, or nothing that can be understood, answers at the address
+├── NoArtifactError    the job has no artifact to download (app.downloads)
+├── UnwritableError    a download cannot be written where it shall be (app.downloads)
 └── DamagedError       a downloaded file is not what its manifest says (app.downloads)
 """
 
 from __future__ import annotations
 
+import errno
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 from urllib.parse import quote, urlsplit
@@ -43,6 +47,28 @@ class RefusedError(AttarError):
 
 class UnreachableError(AttarError):
     """No service answers at the address."""
+
+
+class NoArtifactError(AttarError):
+    """The job has no artifact, or none yet."""
+
+    def __init__(self, job: Mapping[str, Any]) -> None:
+        super().__init__(f"job {job['id']} is {job['status']} and has no artifact")
+        self.hint = (
+            "`attar show` tells why" if job["status"] in ENDED else "a job has one once it has succeeded: `attar watch`"
+        )
+
+
+class UnwritableError(AttarError):
+    """A file or folder cannot be written on this machine."""
+
+    def __init__(self, folder: Path, error: OSError) -> None:
+        super().__init__(f"cannot write to {error.filename or folder}: {error.strerror or error}")
+        self.hint = (
+            "free space and run it again: it goes on where it stopped"
+            if error.errno in {errno.ENOSPC, errno.EDQUOT}
+            else "choose another folder"
+        )
 
 
 class DamagedError(AttarError):

@@ -16,6 +16,7 @@ from app.cli.output import console, duration, plain, size
 from app.cli.report import print_report
 from app.cli.transfer import download_with_progress
 from app.client import ENDED, AttarError, Client, RefusedError
+from app.jobs.schemas import SUBMISSION_EXAMPLE
 from app.logs import configure_logging
 from app.serve import Service, StopRequested, running_service, stop_signals
 from app.settings import Settings
@@ -28,16 +29,10 @@ MODEL_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _KEPT_VARIABLES = frozenset({"ATTAR_NUM_THREADS", "ATTAR_LOG_LEVEL"})
 _CANCEL_SECONDS = 10.0
 
+# The example of the documentation, on the model that a package brings.
 SUBMISSION: dict[str, Any] = {
+    **SUBMISSION_EXAMPLE,
     "model": {"id": f"file:{MODEL_NAME}"},
-    "recipe": {
-        "stages": [{"technique": "gptq", "scheme": "W4A16", "group_size": 64}],
-        "calibration": {"dataset": "builtin:python-docs", "num_samples": 64, "max_seq_length": 512},
-        "evaluation": {"dataset": "builtin:python-docs", "num_tokens": 16384},
-        "output": {"format": "compressed-tensors"},
-        "seed": 0,
-    },
-    "constraints": {"max_perplexity_ratio": 1.25, "max_size_bytes": 140_000_000},
     "metadata": {"origin": "attar demo"},
 }
 

@@ -11,7 +11,7 @@ from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from app.client import Client, DamagedError, UnreachableError
+from app.client import Client, DamagedError, NoArtifactError, UnreachableError, UnwritableError
 
 _CHUNK_BYTES = 1024 * 1024
 _NUM_TRIES = 5
@@ -36,12 +36,19 @@ def download_artifact(
     ``on_total`` is told the bytes of all files, ``on_bytes`` each number of bytes that is there.
 
     Raises:
+        NoArtifactError: the job has none.
+        UnwritableError: a file cannot be written below ``folder``.
         DamagedError: a file's bytes are not those that the manifest names.
     """
     files = client.artifacts(job_id)
+    if not files:
+        raise NoArtifactError(client.job(job_id))
     on_total(sum(file["size_bytes"] for file in files))
-    for file in files:
-        _download(client, job_id, file, _inside(folder, file["path"]), on_bytes)
+    try:
+        for file in files:
+            _download(client, job_id, file, _inside(folder, file["path"]), on_bytes)
+    except OSError as error:
+        raise UnwritableError(folder, error) from error
     _agrees_with_manifest(folder, files)
     return Downloaded(folder, len(files), sum(file["size_bytes"] for file in files))
 

@@ -52,12 +52,10 @@ class LocalServers:
         self._lock = lock
         self._remove = remove
 
-    def ended(self) -> str | None:
-        """What to tell when a server ended by itself; None while both run."""
+    def keep(self) -> None:
+        """Start again what ended by itself; raise LocalServersError when that does not help."""
         for server in self._servers:
-            if not server.process.running:
-                return f"{server.process.name} ended by itself; see {server.process.log}"
-        return None
+            server.keep()
 
     def stop(self) -> None:
         """Stop both in good order. A second call does nothing."""

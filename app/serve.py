@@ -139,9 +139,9 @@ class Service:
         self._servers = servers
 
     def check(self) -> None:
-        """Start again what ended; raise ServeError when that is not possible. Call it now and then."""
-        if self._servers is not None and (reason := self._servers.ended()):
-            raise ServeError(reason)
+        """Start again what ended; raise ServeError or LocalServersError when that does not help. Call it often."""
+        if self._servers is not None:
+            self._servers.keep()
         for role in self._roles:
             role.keep()
 

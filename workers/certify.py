@@ -53,6 +53,8 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     artifact = open_checkpoint(work / "artifact", device)
     _check_logits(artifact.model, work / "probe.safetensors")
     size = _check_size(work / "artifact", source, recipe)
+    if source["source_format"] == "gguf" and size["artifact_bytes"] >= size["original_file_bytes"]:
+        emit(_larger_than_file(size))
     stages = _prove_zeros(artifact.model, recipe, compressed["stages"])
     progress("certify.open_original", 0.05)
     original = open_checkpoint(work / "source" / "model", device)
@@ -144,6 +146,17 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
         "original_parameters": source["num_parameters"],
         "original_file_bytes": source["source_file_bytes"],
         "original_format": source["source_format"],
+    }
+
+
+def _larger_than_file(size: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "event": "warning",
+        "code": "larger_than_source_file",
+        "message": f"The result has {size['artifact_bytes']:,} bytes and the GGUF file has "
+        f"{size['original_file_bytes']:,}. The report compares it with the 16-bit parameters that the file stands for, "
+        f"{size['original_bytes']:,} bytes.",
+        "param": "model.id",
     }
 
 

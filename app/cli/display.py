@@ -32,6 +32,7 @@ class JobDisplay:
                 transient=True,
             )
             self._task = self._live.add_task("", total=1.0)
+        self._last_text = ""
         self._last_key: tuple[object, ...] = ()
         self._last_time = 0.0
         self._last_fraction = 0.0
@@ -58,9 +59,12 @@ class JobDisplay:
         now = time.monotonic()
         key = (job["status"], job["attempt"], job["progress"].get("stage"))
         moved = fraction - self._last_fraction >= _LINE_EVERY_FRACTION
-        if key != self._last_key or moved or now - self._last_time >= _LINE_EVERY_SECONDS:
-            self._console.print(f"{100 * fraction:3.0f} %  {text}", soft_wrap=True)
-            self._last_key, self._last_time, self._last_fraction = key, now, fraction
+        if key == self._last_key and not moved and now - self._last_time < _LINE_EVERY_SECONDS:
+            return
+        line = f"{100 * fraction:3.0f} %  {text}"
+        if line != self._last_text:  # a job that waits for an hour fills no log
+            self._console.print(line, soft_wrap=True)
+            self._last_text, self._last_key, self._last_time, self._last_fraction = line, key, now, fraction
 
 
 def describe(job: Mapping[str, Any]) -> str:

@@ -143,8 +143,6 @@ def show(job_id: JobId, as_json: AsJson = False) -> None:
         if value is not None:
             table.add_row(name, plain(value))
     console.print(table)
-    for warning in job.get("warnings", []):
-        console.print(f"warning: {plain(warning['message'])}", style="yellow", soft_wrap=True)
     _print_outcome(job)
 
 
@@ -188,6 +186,8 @@ def _follow(client: Client, job_id: str, *, as_json: bool, every_change: bool) -
 
 
 def _print_outcome(job: Mapping[str, Any]) -> None:
+    for warning in job["warnings"]:
+        console.print(f"warning: {plain(warning['message'])}", style="yellow", soft_wrap=True)
     if job["error"]:
         error = job["error"]
         where = f" ({error['param']})" if error.get("param") else ""
@@ -208,7 +208,6 @@ def _print_outcome(job: Mapping[str, Any]) -> None:
 
 
 def _seconds_between(start: str | None, end: str | None) -> float | None:
-
     if start is None or end is None:
         return None
     return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()

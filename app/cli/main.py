@@ -9,7 +9,7 @@ import typer
 
 from app.cli import catalog, jobs, keys, roles, transfer
 from app.cli.output import Failed, errors
-from app.client import AttarError, RefusedError, UnreachableError
+from app.client import AttarError, NoArtifactError, RefusedError, UnreachableError, UnwritableError
 
 WRONG_USE, REFUSED, UNREACHABLE = 2, 3, 4
 
@@ -35,6 +35,12 @@ def main() -> None:
     except UnreachableError as error:
         tell(str(error), hint="is `attar serve` running? ATTAR_URL names another address", code="unreachable")
         sys.exit(UNREACHABLE)
+    except UnwritableError as error:
+        tell(str(error), hint=error.hint, code="cannot_write")
+        sys.exit(WRONG_USE)
+    except NoArtifactError as error:
+        tell(str(error), hint=error.hint, code="artifact_not_found")
+        sys.exit(REFUSED)
     except AttarError as error:
         tell(str(error), code="damaged_download")
         sys.exit(1)
@@ -49,7 +55,7 @@ def tell(message: str, *, code: str, hint: str | None = None, param: str | None 
         problem = {"code": code, "detail": message, "param": param, "hint": hint}
         sys.stderr.write(json.dumps(problem, ensure_ascii=False) + "\n")
         return
-    where = f" ({param})" if param and "." in param and param not in message else ""
+    where = f" ({param})" if param and param not in message else ""
     errors.print(f"attar: {message}{where}", style="red", markup=False, highlight=False, soft_wrap=True)
     if hint:
         errors.print(f"hint: {hint}", markup=False, highlight=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import os
 import pwd
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -58,10 +59,8 @@ def servers_account() -> Account:
 
 
 def _system_user() -> pwd.struct_passwd:
-    try:
+    with suppress(KeyError):
         return pwd.getpwnam(SYSTEM_USER)
-    except KeyError:
-        pass
     useradd = shutil.which("useradd", path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
     reason = "useradd is not installed"
     if useradd is not None:

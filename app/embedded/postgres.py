@@ -63,11 +63,16 @@ class EmbeddedPostgres:
         )
         password = password_file.read_text()
         self.url = self._url(password, DATABASE)
+        self._answers = self._make_answers(password)
         try:
-            self.process.wait_until(self._answers(password))
+            self.process.wait_until(self._answers)
         except BaseException:
             self.stop()
             raise
+
+    def keep(self) -> None:
+        """Start the server again, on its data, if it ended by itself."""
+        self.process.keep(self._answers)
 
     def stop(self) -> None:
         """Shut the server down and remove its socket's folder."""
@@ -126,7 +131,7 @@ class EmbeddedPostgres:
     def _url(self, password: str, database: str) -> str:
         return f"postgresql://{USER}:{password}@/{database}?host={quote(str(self._socket_folder))}&port={PORT}"
 
-    def _answers(self, password: str) -> Callable[[], bool]:
+    def _make_answers(self, password: str) -> Callable[[], bool]:
         maintenance = self._url(password, "postgres")
 
         def answers() -> bool:

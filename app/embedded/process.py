@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import signal
 import subprocess
@@ -18,9 +19,12 @@ from app.embedded.errors import LocalServersError
 START_SECONDS = 60.0
 STOP_SECONDS = 20.0
 MAX_LOG_BYTES = 10 * 1024 * 1024
+# A server that ends this often in a minute will not get better by starting it again.
+MAX_RESTARTS_PER_MINUTE = 5
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
+logger = logging.getLogger(__name__)
 
 
 class ServerProcess:
@@ -37,13 +41,19 @@ class ServerProcess:
     ) -> None:
         self.name = name
         self.log = log
+        self._command = command
+        self._account = account
         self._stop_signal = stop_signal
+        self._restarts: list[float] = []
         if log.exists() and log.stat().st_size > MAX_LOG_BYTES:
             log.replace(log.with_suffix(".old.log"))
-        with log.open("ab") as output:
-            log.chmod(0o600)
-            self._process = subprocess.Popen(
-                command,
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        with self.log.open("ab") as output:
+            self.log.chmod(0o600)
+            return subprocess.Popen(
+                self._command,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
@@ -51,8 +61,8 @@ class ServerProcess:
                 env=_environment(),
                 start_new_session=True,  # Ctrl-C reaches us, and we stop the servers last
                 # The one hook that runs after the change of user, which would clear the wish that it makes.
-                preexec_fn=end_with_parent(stop_signal),  # noqa: PLW1509
-                **account.as_user(),
+                preexec_fn=end_with_parent(self._stop_signal),  # noqa: PLW1509
+                **self._account.as_user(),
             )
 
     @property
@@ -76,6 +86,22 @@ class ServerProcess:
                 reason = f"ended with status {self._process.returncode}" if ended else "does not answer"
                 raise LocalServersError(f"{self.name} {reason}; its log {self.log} ends with:\n{log_tail(self.log)}")
             time.sleep(0.02)
+
+    def keep(self, answers: Callable[[], bool]) -> None:
+        """Start it again if it ended by itself, and return when ``answers()``; raise when that does not help."""
+        while not self.running:
+            now = time.monotonic()
+            self._restarts = [begin for begin in self._restarts if now - begin < 60] + [now]
+            if len(self._restarts) > MAX_RESTARTS_PER_MINUTE:
+                raise LocalServersError(f"{self.name} ends again and again; see {self.log}")
+            logger.warning("%s ended by itself; starting it again", self.name)
+            self._process = self._start()
+            try:
+                self.wait_until(answers)
+            except LocalServersError:
+                if self.running:
+                    raise
+                time.sleep(1)  # what the killed one left may still be ending: PostgreSQL waits for its shared memory
 
     def stop(self) -> None:
         """Ask it to end in good order, insist after a while, return when it has ended."""
@@ -110,10 +136,8 @@ def stop_leftover(pid_file: Path, folder: Path, stop_signal: signal.Signals) -> 
             except psutil.TimeoutExpired:
                 process.kill()
                 process.wait(5)
-    except psutil.NoSuchProcess:
-        pass
-    except psutil.AccessDenied:
-        pass  # a stranger's process: ours run under an account that we may look at
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        logger.debug("process %d is gone or a stranger's: ours run under an account that we may look at", pid)
     pid_file.unlink(missing_ok=True)
 
 

@@ -57,6 +57,10 @@ class EmbeddedRedis:
                 raise
             return
 
+    def keep(self) -> None:
+        """Start the server again, on its data, if it ended by itself."""
+        self.process.keep(self._answers)
+
     def stop(self) -> None:
         """Shut the server down."""
         self.process.stop()

@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.client import Client, DamagedError
+from app.client import Client, DamagedError, UnwritableError
 from app.database import Database
 from app.downloads import download_artifact
 from app.settings import Settings
@@ -61,6 +61,14 @@ def test_every_file_arrives_as_it_is_and_is_counted(connected: CountingClient, j
     assert done.num_files == len(FILES) + 1
     assert totals == [done.size_bytes]
     assert sum(counted) == done.size_bytes
+
+
+@pytest.mark.parametrize("output", ["file", "file/below"])
+def test_what_cannot_be_written_is_told(connected: CountingClient, job_id: str, tmp_path: Path, output: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(UnwritableError, match="cannot write to"):
+        download_artifact(connected, job_id, tmp_path / output)
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_a_second_download_fetches_nothing(connected: CountingClient, job_id: str, tmp_path: Path) -> None:

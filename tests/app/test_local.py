@@ -14,7 +14,7 @@ import psycopg
 import pytest
 import redis
 
-from app.local import HomeInUseError, LocalServers, remove_servers, running_servers, start_servers
+from app.local import HomeInUseError, LocalServers, LocalServersError, remove_servers, running_servers, start_servers
 from tests.jobs import wait_until
 
 pytestmark = pytest.mark.service
@@ -114,11 +114,34 @@ def test_servers_end_when_their_parent_is_killed_and_start_again_on_the_same_dat
     wait_until(lambda: not any(psutil.pid_exists(pid) for pid in pids))
 
 
-def test_a_server_that_ends_by_itself_is_told_by_name(home: Path) -> None:
+def test_servers_that_are_killed_are_started_again_on_their_data(home: Path) -> None:
+    with start_servers(home) as servers:
+        with psycopg.connect(servers.database_url) as connection:
+            connection.execute("CREATE TABLE kept AS SELECT 7 AS number")
+        with redis.Redis.from_url(servers.redis_url) as broker:
+            broker.set("kept", 8)
+        before = server_pids(servers)
+        for pid in before:
+            os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: not any(server.process.running for server in servers._servers))
+        servers.keep()
+        assert not set(before) & set(server_pids(servers))
+        with psycopg.connect(servers.database_url) as connection:
+            assert connection.execute("SELECT number FROM kept").fetchone() == (7,)
+        with redis.Redis.from_url(servers.redis_url) as broker:
+            assert broker.get("kept") == b"8"
+
+
+def test_a_server_that_cannot_stay_is_given_up_by_name(home: Path) -> None:
     with start_servers(home, temporary=True) as servers:
-        assert servers.ended() is None
+        (folder,) = [
+            Path(process.cwd()) for process in map(psutil.Process, server_pids(servers)) if "redis" in process.name()
+        ]
+        (folder / "redis.conf").write_text("no-such-setting yes")
         os.kill(server_pids(servers)[0], signal.SIGKILL)
-        assert "Redis" in wait_until(servers.ended)
+        wait_until(lambda: not all(server.process.running for server in servers._servers))
+        with pytest.raises(LocalServersError, match="Redis ends again and again"):
+            servers.keep()
 
 
 def test_temporary_servers_leave_no_data(home: Path) -> None:

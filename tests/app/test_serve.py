@@ -15,9 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from app.client import Client
+from app.client import ENDED, Client
 from app.local import remove_servers
 from tests.jobs import wait_until
+from tests.models import write_tiny_llama
 
 pytestmark = pytest.mark.service
 
@@ -151,7 +152,7 @@ def run(serving: Serving, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_it_owns_its_home_keeps_its_roles_running_and_ends_with_its_servers(serve: Callable[..., Serving]) -> None:
+def test_it_owns_its_home_and_keeps_its_roles_and_servers_running(serve: Callable[..., Serving]) -> None:
     serving = serve("--port", "0")
     serving.wait_ready()
 
@@ -167,12 +168,21 @@ def test_it_owns_its_home_keeps_its_roles_running_and_ends_with_its_servers(serv
     with serving.client() as client:
         wait_until(client.ready)
 
-    children = psutil.Process(serving.process.pid).children()
-    (redis,) = [child for child in children if child.name() == "redis-server"]
+    for child in psutil.Process(serving.process.pid).children():
+        if child.name() in ("redis-server", "postgres"):
+            child.kill()
+    wait_until(lambda: serving.output.count("ended by itself; starting it again") == 2)
+    (serving.home / "models").mkdir()
+    write_tiny_llama(serving.home / "models" / "tiny")
+    with serving.client() as client:
+        wait_until(client.ready)
+        # Dispatcher and worker find their servers again, too.
+        job = client.submit({"model": {"id": "file:tiny"}, "recipe": "int8"})
+        wait_until(lambda: client.job(job["id"])["status"] in ENDED, 60)
+        assert client.job(job["id"])["status"] == "succeeded"
     with nothing_left(serving):
-        redis.kill()
-        assert serving.process.wait(60) == 1
-    assert "Redis ended by itself" in serving.output
+        serving.process.terminate()
+        assert serving.process.wait(60) in (0, 130)
 
 
 def test_a_taken_port_is_told_before_anything_starts(serve: Callable[..., Serving]) -> None:

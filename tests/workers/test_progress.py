@@ -39,12 +39,24 @@ def test_the_time_left_of_steady_work_is_right_and_counts_down_between_messages(
     assert left_after(progress, clock, 0) is None
     for second in range(1, 51):
         clock.now = second
-        if second == 3:
+        if second == 2:
             progress.begin("compress")
-        if second > 3:
+        if second > 2:
             progress.update(progress_message((second / 100 - 0.02) / 0.73))
     assert progress.eta_seconds == 50
     assert [left_after(progress, clock, seconds) for seconds in (10, 1000)] == [40, 0]
+
+
+def test_a_quick_fetch_promises_nothing() -> None:
+    clock = Clock()
+    progress = Progress(["gptq"], clock)
+    clock.now = 0.1
+    progress.update(progress_message(1.0))
+    assert progress.eta_seconds is None
+    progress.begin("compress")
+    clock.now = 5.1
+    progress.update(progress_message(0.05))
+    assert progress.eta_seconds == 95 + 34
 
 
 def test_a_slow_block_changes_the_estimate_little() -> None:

@@ -12,7 +12,7 @@ from workers.supervisor.messages import ProgressMessage, StageMessage
 PHASE_WEIGHTS: Mapping[str, float] = {"fetch": 0.02, "compress": 0.73, "certify": 0.25}
 
 _ETA_SMOOTHING = 0.2  # weight of the newest estimate
-_ETA_FROM_FRACTION = 0.02  # below it, an estimate is noise
+_ETA_FROM_FRACTION = 0.02  # of a phase: below it, an estimate is noise
 
 
 class Progress:
@@ -20,8 +20,8 @@ class Progress:
 
     def __init__(self, techniques: list[str], clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._started_at = clock()
         self._phase = "fetch"
+        self._phase_started_at = clock()
         self._fraction = 0.0
         self._last = ProgressMessage(event="progress", fraction=0)
         self._eta: tuple[float, float] | None = None  # seconds left, as estimated at that time
@@ -33,6 +33,7 @@ class Progress:
     def begin(self, phase: str) -> None:
         """``phase`` starts."""
         self._phase = phase
+        self._phase_started_at = self._clock()
         self.update(ProgressMessage(event="progress", fraction=0))
 
     def update(self, message: ProgressMessage) -> None:
@@ -41,7 +42,7 @@ class Progress:
         fraction = before + PHASE_WEIGHTS[self._phase] * message.fraction
         self._fraction = max(self._fraction, min(fraction, 1.0))
         self._last = message
-        self._estimate()
+        self._estimate(message.fraction)
 
     def update_stage(self, message: StageMessage) -> bool:
         """A stage began or ended; False for a stage that the recipe does not have."""
@@ -80,11 +81,14 @@ class Progress:
         seconds_left, estimated_at = self._eta
         return max(0, round(seconds_left - (self._clock() - estimated_at)))
 
-    def _estimate(self) -> None:
+    def _estimate(self, phase_fraction: float) -> None:
+        """From the pace of the running phase: how long a fetch took says nothing of the computing after it."""
         now = self._clock()
-        if self._fraction < _ETA_FROM_FRACTION:
+        if self._phase == "fetch" or phase_fraction < _ETA_FROM_FRACTION:
             return
-        newest = (now - self._started_at) * (1 - self._fraction) / self._fraction
+        phase_seconds = (now - self._phase_started_at) / phase_fraction
+        later = sum(weight for phase, weight in PHASE_WEIGHTS.items() if _precedes(self._phase, phase))
+        newest = phase_seconds * (1 - phase_fraction + later / PHASE_WEIGHTS[self._phase])
         if self._eta is not None:
             seconds_left, estimated_at = self._eta
             expected = max(0.0, seconds_left - (now - estimated_at))

@@ -172,6 +172,22 @@ def test_an_artifact_is_downloaded_into_a_folder_of_the_jobs_name(
     assert (tmp_path / "there" / "manifest.json").is_file()
 
 
+def test_what_cannot_be_downloaded_is_told_in_a_line(
+    attar: Attar, settings: Settings, database: Database, model_id: str, tmp_path: Path
+) -> None:
+    job_id = insert_finished_job(settings, database, tmp_path / "artifact", {"config.json": b"{}"})
+    (tmp_path / "taken").write_text("mine")
+    onto_a_file = attar("download", job_id, "-o", "taken")
+    assert (onto_a_file.returncode, onto_a_file.stderr.count("\n")) == (2, 2)
+    assert "cannot write to taken" in onto_a_file.stderr
+    waiting = parsed(attar("submit", model_id, "--recipe", "int8", "--json"))["id"]
+    attar("cancel", waiting)
+    of_nothing = attar("download", waiting, "-o", "nothing")
+    assert (of_nothing.returncode, of_nothing.stderr.count("\n")) == (3, 2)
+    assert f"job {waiting} is cancelled and has no artifact" in of_nothing.stderr
+    assert not (tmp_path / "nothing").exists()
+
+
 def test_keys_are_made_once_listed_and_revoked(attar: Attar, settings: Settings) -> None:
     database_url = {"ATTAR_DATABASE_URL": settings.required_database_url}
     made = parsed(attar("keys", "create", "for a friend", "--tenant", "friend", "--json", **database_url))

@@ -50,6 +50,17 @@ def test_a_file_gets_plain_lines_and_few_of_them() -> None:
     assert lines[0] == "  0 %  running · gptq"
 
 
+def test_a_file_is_not_filled_by_a_job_that_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    output = io.StringIO()
+    hours = iter(range(0, 36_000_000, 3600))
+    monkeypatch.setattr("time.monotonic", lambda: float(next(hours)))
+    waiting = job() | {"status": "queued", "queue": "cpu"}
+    with JobDisplay(Console(file=output)) as display:
+        for _ in range(10):
+            display.show(waiting)
+    assert len(output.getvalue().splitlines()) == 1
+
+
 def test_a_terminal_gets_a_live_line() -> None:
     output = io.StringIO()
     with JobDisplay(Console(file=output, force_terminal=True, width=80)) as display:
