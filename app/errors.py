@@ -30,6 +30,7 @@ from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
 
+from app.body_schema import BodySchema
 from app.storage import StorageError
 from app.validation import Fault, faults_of
 from workers.errors import InfrastructureError, JobError
@@ -204,7 +205,8 @@ def _service_error(_request: Request, error: Exception) -> JSONResponse:
 
 def _validation_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
-    faults = faults_of(error.errors(), error.body)
+    schema = BodySchema(request.app, request.scope["route"].path, request.method)
+    faults = faults_of(error.errors(), error.body, schema)
     first = faults[0]
     if first.code == "json_invalid":
         return problem(400, "invalid_json", f"The body is not JSON: {first.detail}", hint="Send a JSON object.")

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from pydantic import BaseModel
 from pydantic_core.core_schema import ErrorType
 
+from app.body_schema import BodySchema
 from workers.recipe import RecipeError
 from workers.techniques import TECHNIQUES
 
@@ -35,7 +36,7 @@ class Fault(BaseModel):
     hint: str | None = None
 
 
-def faults_of(errors: Sequence[Mapping[str, Any]], body: object) -> list[Fault]:
+def faults_of(errors: Sequence[Mapping[str, Any]], body: object, schema: BodySchema) -> list[Fault]:
     """The faults that ``errors`` (of pydantic, for the request's ``body``) tell of; at least one.
 
     Beyond the first hundred errors nobody reads on, and comparing all with all would hold a thread for hours.
@@ -51,6 +52,8 @@ def faults_of(errors: Sequence[Mapping[str, Any]], body: object) -> list[Fault]:
     faults: list[Fault] = []
     for path, error in meant or found:
         fault = _fault(path, error)
+        if fault.code == "unknown_field" and (names := schema.fields(path[:-1], body)):
+            fault.hint = f"The fields here: {', '.join(names)}."
         if fault.param not in {other.param for other in faults}:
             faults.append(fault)
     return faults
@@ -79,6 +82,8 @@ def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
         detail, hint = "A stage names its technique.", "One of: " + ", ".join(sorted(TECHNIQUES)) + "."
     elif kind == "extra_forbidden":
         detail = f"There is no field {path[-1]!r} here."
+    elif kind == "string_pattern_mismatch":
+        detail = f"{str(error['input'])[:100]!r} does not have the form {context['pattern']}."
     elif kind == "missing":
         detail = f"The field {path[-1]!r} is missing." if path else "The request has no body."
     param = context.get("param") or _written(path) or None

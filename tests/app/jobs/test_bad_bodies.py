@@ -1,66 +1,17 @@
-"""What is refused, with which code and which field; nothing of it is queued and nothing is left on disk."""
+"""Bodies that are refused: with which code and which field; nothing of them is queued or left on disk."""
 
-import json
-import os
-import shutil
-import threading
 import time
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
-import redis
-from sqlalchemy import text
 from starlette.testclient import TestClient
 
-from app.database import Database
 from app.settings import Settings
+from tests.app.jobs.refusals import GPTQ, Refused
 
-GPTQ = {"technique": "gptq", "group_size": 64}
+pytestmark = pytest.mark.usefixtures("nothing_happens")
+
 PRUNING = {"technique": "magnitude"}
-
-
-@pytest.fixture(autouse=True)
-def _nothing_happens(settings: Settings, database: Database, model_id: str) -> Iterator[None]:
-    def state() -> tuple[Any, ...]:
-        with database.transaction() as session:
-            counts = [
-                session.execute(text(f"SELECT count(*) FROM {table}")).scalar_one()
-                for table in ("jobs", "events", "idempotency_keys")
-            ]
-        with redis.Redis.from_url(settings.required_redis_url) as broker:
-            keys = broker.keys()
-        files = [path for path in settings.home.rglob("*") if (settings.home / "models") not in path.parents]
-        return counts, keys, files
-
-    before = state()
-    yield
-    assert state() == before
-
-
-@pytest.fixture
-def refused(client: TestClient, auth: dict[str, str], model_id: str) -> Callable[..., dict[str, Any]]:
-    """Send a body that is right but for ``changes``; the problem that comes back."""
-
-    def send(status: int, **changes: Any) -> dict[str, Any]:
-        body = {"model": {"id": model_id}, "recipe": {"stages": [GPTQ]}, **changes}
-        # json.dumps escapes what UTF-8 cannot say.
-        headers = {**auth, "Content-Type": "application/json", "Idempotency-Key": "one"}
-        answer = client.post("/v1/jobs", content=json.dumps(body), headers=headers)
-        assert answer.status_code == status, answer.text
-        assert answer.headers["content-type"] == "application/problem+json"
-        problem = dict(answer.json())
-        assert problem["title"]
-        assert problem["detail"]
-        assert problem["status"] == status
-        return problem
-
-    return send
-
-
-Refused = Callable[..., dict[str, Any]]
 
 
 @pytest.mark.parametrize(
@@ -222,146 +173,6 @@ def test_what_is_no_number_is_refused(
     assert answer.json()["param"].endswith(field)
 
 
-def without(*names: str) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        for name in names:
-            (folder / name).unlink()
-
-    return damage
-
-
-def truncated(folder: Path) -> None:
-    with (folder / "model.safetensors").open("r+b") as file:
-        file.truncate(10_000)
-
-
-def pickled(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-
-
-def encoder(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def unsupported(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
-
-
-def linked_weights(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
-    (folder / "model.safetensors").symlink_to("../elsewhere.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("damage", "code"),
-    [
-        (without("config.json"), "config_missing"),
-        (without("model.safetensors"), "weights_missing"),
-        (without("tokenizer.json"), "tokenizer_missing"),
-        (pickled, "pickle_only_model"),
-        (truncated, "invalid_safetensors"),
-        (encoder, "not_a_causal_model"),
-        (unsupported, "unsupported_architecture"),
-        (linked_weights, "symlink_refused"),
-    ],
-)
-def test_a_damaged_model_is_refused_before_it_is_queued(
-    refused: Refused, settings: Settings, tiny_llama: Path, damage: Callable[[Path], None], code: str
-) -> None:
-    folder = settings.model_roots[0] / "damaged"
-    shutil.copytree(tiny_llama, folder)
-    damage(folder)
-    problem = refused(422, model={"id": "file:damaged"})
-    shutil.rmtree(folder)
-    assert (problem["code"], problem["param"]) == (code, "model.id")
-
-
-@pytest.mark.parametrize(
-    ("model_id", "code"),
-    [
-        ("file:nothing", "model_not_found"),
-        ("file:../models/tiny-llama", "invalid_model_id"),
-        ("file:/etc", "invalid_model_id"),
-        ("file:tiny-llama\\..", "invalid_model_id"),
-        ("file:link", "symlink_refused"),
-        ("file:tiny\u202ellama", "invalid_model_id"),
-        ("ftp:x", "invalid_model_id"),
-        ("a/b/c", "invalid_model_id"),
-        ("../../etc/passwd", "invalid_model_id"),
-        ("job:job_01AAAAAAAAAAAAAAAAAAAAAAAA", "model_not_found"),
-        ("job:x", "invalid_model_id"),
-    ],
-)
-def test_a_model_that_cannot_be_had_is_refused(
-    refused: Refused, settings: Settings, tiny_llama: Path, model_id: str, code: str
-) -> None:
-    link = settings.model_roots[0] / "link"
-    if not link.is_symlink():
-        link.symlink_to(tiny_llama)
-    problem = refused(422, model={"id": model_id})
-    assert (problem["code"], problem["param"]) == (code, "model.id")
-
-
-@pytest.mark.parametrize("revision", ["../main", "a..b", "a b", "/x", "-x", "main\n", "x" * 201])
-def test_an_odd_revision_is_refused(refused: Refused, revision: str) -> None:
-    problem = refused(422, model={"id": "org/name", "revision": revision})
-    assert problem["code"] in {"invalid_revision", "invalid_value"}
-    assert problem["param"] == "model.revision"
-
-
-class _RefusingHub(BaseHTTPRequestHandler):
-    """Answers as the hub does for what is not there, and for what is gated."""
-
-    def do_GET(self) -> None:
-        code, name = (403, "GatedRepo") if "gated" in self.path else (404, "RepoNotFound")
-        self.send_response(code)
-        self.send_header("X-Error-Code", name)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _RefusingHub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
-    yield
-    server.shutdown()
-    server.server_close()
-
-
-@pytest.mark.usefixtures("hub")
-def test_an_unknown_model_of_the_hub_is_refused(refused: Refused) -> None:
-    problem = refused(422, model={"id": "org/nothing"})
-    assert (problem["code"], problem["param"]) == ("model_not_found", "model.id")
-
-
-@pytest.mark.usefixtures("hub")
-def test_a_gated_model_is_refused_with_what_to_do(refused: Refused) -> None:
-    problem = refused(403, model={"id": "org/gated"})
-    assert (problem["code"], problem["param"]) == ("model_gated", "model.id")
-    assert problem["hint"]
-
-
-def test_a_hub_that_is_down_is_no_fault_of_the_request(
-    client: TestClient, auth: dict[str, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
-    answer = client.post("/v1/jobs", json={"model": {"id": "org/name"}, "recipe": "int8"}, headers=auth)
-    assert (answer.status_code, answer.json()["code"]) == (503, "hub_unreachable")
-    assert answer.headers["retry-after"]
-
-
 def test_a_wrong_key_is_refused_before_the_model_is_looked_at(client: TestClient) -> None:
     answer = client.post(
         "/v1/jobs", json={"model": {"id": "org/name"}, "recipe": "int8"}, headers={"Authorization": "Bearer x"}
@@ -369,20 +180,32 @@ def test_a_wrong_key_is_refused_before_the_model_is_looked_at(client: TestClient
     assert (answer.status_code, answer.json()["code"]) == (401, "invalid_api_key")
 
 
-def test_a_fifo_in_place_of_a_file_does_not_hang_the_service(
-    refused: Refused, settings: Settings, tiny_llama: Path
-) -> None:
-    folder = settings.model_roots[0] / "fifo"
-    shutil.copytree(tiny_llama, folder)
-    (folder / "config.json").unlink()
-    os.mkfifo(folder / "config.json")
-    problem = refused(422, model={"id": "file:fifo"})
-    shutil.rmtree(folder)
-    assert problem["param"] == "model.id"
-
-
 def test_many_faults_and_long_keys_are_refused_in_no_time(refused: Refused) -> None:
     begin = time.monotonic()
     refused(422, **{f"field_{number}": 0 for number in range(20_000)})
     refused(422, **{"k" * 100_000: [0] * 100_000})
     assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "known"),
+    [
+        ({"extra": 1}, "constraints, metadata, model, priority, queue, recipe, timeout_seconds"),
+        ({"constraints": {"max_size": 1}}, "max_perplexity_ratio, max_size_bytes, min_accuracy"),
+        ({"recipe": {"stages": [GPTQ], "evaluation": {"tokens": 1}}}, "allow_overlap, dataset, max_seq_length"),
+        ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "ignore, mask_structure, sparsity, technique"),
+        ({"recipe": {"stages": [GPTQ], "calibration": {"dataset": {"texts": ["a"], "x": 1}}}}, "labels, texts"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_those_there_are(
+    refused: Refused, changes: dict[str, Any], known: str
+) -> None:
+    problem = refused(422, **changes)
+    assert problem["code"] == "unknown_field"
+    assert problem["hint"].startswith(f"The fields here: {known}")
+
+
+def test_a_queue_of_another_form_is_answered_with_the_form(refused: Refused) -> None:
+    problem = refused(422, queue="GPU")
+    assert problem["param"] == "queue"
+    assert problem["detail"] == "'GPU' does not have the form ^[a-z0-9][a-z0-9_-]{0,63}$."

@@ -1,0 +1,169 @@
+"""Models that are refused before anything is queued: damaged, unsupported, out of reach, gated, or not there."""
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.settings import Settings
+from tests.app.jobs.refusals import Refused
+
+pytestmark = pytest.mark.usefixtures("nothing_happens")
+
+
+def without(*names: str) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return damage
+
+
+def truncated(folder: Path) -> None:
+    with (folder / "model.safetensors").open("r+b") as file:
+        file.truncate(10_000)
+
+
+def pickled(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+
+
+def encoder(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def unsupported(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def linked_weights(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder.parent / "elsewhere.safetensors")
+    (folder / "model.safetensors").symlink_to("../elsewhere.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "code"),
+    [
+        (without("config.json"), "config_missing"),
+        (without("model.safetensors"), "weights_missing"),
+        (without("tokenizer.json"), "tokenizer_missing"),
+        (pickled, "pickle_only_model"),
+        (truncated, "invalid_safetensors"),
+        (encoder, "not_a_causal_model"),
+        (unsupported, "unsupported_architecture"),
+        (linked_weights, "symlink_refused"),
+    ],
+)
+def test_a_damaged_model_is_refused_before_it_is_queued(
+    refused: Refused, settings: Settings, tiny_llama: Path, damage: Callable[[Path], None], code: str
+) -> None:
+    folder = settings.model_roots[0] / "damaged"
+    shutil.copytree(tiny_llama, folder)
+    damage(folder)
+    problem = refused(422, model={"id": "file:damaged"})
+    shutil.rmtree(folder)
+    assert (problem["code"], problem["param"]) == (code, "model.id")
+
+
+@pytest.mark.parametrize(
+    ("model_id", "code"),
+    [
+        ("file:nothing", "model_not_found"),
+        ("file:../models/tiny-llama", "invalid_model_id"),
+        ("file:/etc", "invalid_model_id"),
+        ("file:tiny-llama\\..", "invalid_model_id"),
+        ("file:link", "symlink_refused"),
+        ("file:tiny\u202ellama", "invalid_model_id"),
+        ("ftp:x", "invalid_model_id"),
+        ("a/b/c", "invalid_model_id"),
+        ("../../etc/passwd", "invalid_model_id"),
+        ("job:job_01AAAAAAAAAAAAAAAAAAAAAAAA", "model_not_found"),
+        ("job:x", "invalid_model_id"),
+    ],
+)
+def test_a_model_that_cannot_be_had_is_refused(
+    refused: Refused, settings: Settings, tiny_llama: Path, model_id: str, code: str
+) -> None:
+    link = settings.model_roots[0] / "link"
+    if not link.is_symlink():
+        link.symlink_to(tiny_llama)
+    problem = refused(422, model={"id": model_id})
+    assert (problem["code"], problem["param"]) == (code, "model.id")
+
+
+@pytest.mark.parametrize("revision", ["../main", "a..b", "a b", "/x", "-x", "main\n", "x" * 201])
+def test_an_odd_revision_is_refused(refused: Refused, revision: str) -> None:
+    problem = refused(422, model={"id": "org/name", "revision": revision})
+    assert problem["code"] in {"invalid_revision", "invalid_value"}
+    assert problem["param"] == "model.revision"
+
+
+class _RefusingHub(BaseHTTPRequestHandler):
+    """Answers as the hub does for what is not there, and for what is gated."""
+
+    def do_GET(self) -> None:
+        code, name = (403, "GatedRepo") if "gated" in self.path else (404, "RepoNotFound")
+        self.send_response(code)
+        self.send_header("X-Error-Code", name)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _RefusingHub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.usefixtures("hub")
+def test_an_unknown_model_of_the_hub_is_refused(refused: Refused) -> None:
+    problem = refused(422, model={"id": "org/nothing"})
+    assert (problem["code"], problem["param"]) == ("model_not_found", "model.id")
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_gated_model_is_refused_with_what_to_do(refused: Refused) -> None:
+    problem = refused(403, model={"id": "org/gated"})
+    assert (problem["code"], problem["param"]) == ("model_gated", "model.id")
+    assert problem["hint"]
+
+
+def test_a_hub_that_is_down_is_no_fault_of_the_request(
+    client: TestClient, auth: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:1")
+    answer = client.post("/v1/jobs", json={"model": {"id": "org/name"}, "recipe": "int8"}, headers=auth)
+    assert (answer.status_code, answer.json()["code"]) == (503, "hub_unreachable")
+    assert answer.headers["retry-after"]
+
+
+def test_a_fifo_in_place_of_a_file_does_not_hang_the_service(
+    refused: Refused, settings: Settings, tiny_llama: Path
+) -> None:
+    folder = settings.model_roots[0] / "fifo"
+    shutil.copytree(tiny_llama, folder)
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    problem = refused(422, model={"id": "file:fifo"})
+    shutil.rmtree(folder)
+    assert problem["param"] == "model.id"
