@@ -136,9 +136,10 @@ def read_json(source: FileSource, name: str, max_bytes: int = MAX_JSON_BYTES) ->
     if source.files[name] > max_bytes:
         raise _refusal("invalid_config", f"{name} is too large.", hint)
     try:
-        data = json.loads(source.read(name, 0, source.files[name]))
+        # As its loaders read it: UTF-8, without a byte order mark.
+        data = json.loads(source.read(name, 0, source.files[name]).decode("utf-8"))
     except (ValueError, RecursionError):
-        raise _refusal("invalid_config", f"{name} is not JSON.", hint) from None
+        raise _refusal("invalid_config", f"{name} is not JSON in UTF-8.", hint) from None
     if not isinstance(data, dict):
         raise _refusal("invalid_config", f"{name} is not a JSON object.", hint)
     if not _is_shallow(data):

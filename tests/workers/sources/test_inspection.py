@@ -104,6 +104,7 @@ BREAKAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("config_missing", lambda folder: (folder / "config.json").unlink()),
     ("invalid_config", lambda folder: (folder / "config.json").write_text("{")),
     ("invalid_config", lambda folder: (folder / "config.json").write_text("[1]")),
+    ("invalid_config", lambda folder: (folder / "config.json").write_text("\ufeff{}", encoding="utf-8")),
     ("invalid_config", lambda folder: (folder / "config.json").write_text("[" * 100_000)),
     ("invalid_config", lambda folder: (folder / "config.json").write_text('{"a":' * 600 + "1" + "}" * 600)),
     ("invalid_config", lambda folder: (folder / "config.json").write_text("{}")),
