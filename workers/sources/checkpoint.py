@@ -144,6 +144,10 @@ def read_json(source: FileSource, name: str, max_bytes: int = MAX_JSON_BYTES) ->
         raise _refusal("invalid_config", f"{name} is not a JSON object.", hint)
     if not _is_shallow(data):
         raise _refusal("invalid_config", f"{name} is nested more than {_MAX_DEPTH} deep.", hint)
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise _refusal("invalid_config", f"{name} holds half of a surrogate pair.", hint) from None
     return data
 
 

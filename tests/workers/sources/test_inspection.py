@@ -109,6 +109,7 @@ BREAKAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("invalid_config", lambda folder: (folder / "config.json").write_text('{"a":' * 600 + "1" + "}" * 600)),
     ("invalid_config", lambda folder: (folder / "config.json").write_text("{}")),
     ("invalid_config", lambda folder: (folder / "config.json").write_bytes(b" " * 5_000_000 + b"{}")),
+    ("invalid_config", lambda folder: edit_config(folder, note="\ud800")),
     ("invalid_config", lambda folder: edit_config(folder, architectures=[1])),
     ("invalid_config", lambda folder: edit_config(folder, num_hidden_layers=10**9)),
     ("invalid_config", lambda folder: edit_config(folder, num_hidden_layers=3)),
