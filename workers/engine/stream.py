@@ -122,7 +122,7 @@ class Stream:
         if not passes:
             return None
         in_features = self.skeleton.module(leader).get_parameter("weight").shape[1]
-        statistics = InputStatistics(leader, in_features, self.skeleton.device)
+        statistics = InputStatistics(leader, in_features, self.recipe.statistics, self.skeleton.device)
         for each in passes:
             with self._timed("forward"):
                 inputs = each.advance_to(leader)
