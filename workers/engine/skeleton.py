@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,18 @@ class Skeleton:
         for name, parameter in self.module(prefix).named_parameters():
             self.assign(f"{prefix}.{name}", torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
 
+    @contextmanager
+    def skipped(self, blocks: Iterable[str]) -> Iterator[None]:
+        """Passes go through these blocks without change, and need none of their weights."""
+        modules = [self.module(name) for name in blocks]
+        for module in modules:
+            module.forward = _unchanged
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward  # the class's own is there again
+
     def assign(self, name: str, tensor: Tensor) -> None:
         """Make ``tensor`` the parameter ``name``."""
         module_name, _, parameter_name = name.rpartition(".")
@@ -115,6 +129,10 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
+
+
+def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
+    return hidden_states
 
 
 def _empty_model(folder: Path) -> Any:
