@@ -72,7 +72,7 @@ def _lock_path(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, but for its journal, and its lock. What cannot be removed now is an orphan for the next start."""
+    """Remove a folder, but for its journal, and its lock. What cannot be removed is an orphan for the next start."""
     keep_journal(folder)
     try:
         shutil.rmtree(folder)
