@@ -71,7 +71,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
     journal.parts.write("rest", _rest(checkpoint, architecture))
     check_unchanged(work / "source")
-    _export(work / "artifact", checkpoint, architecture, recipe, request, streamed, journal.parts)
+    _export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
     stages = [_stage_report(recipe, index, streamed) for index in range(len(recipe.stages))]
     write_json(
@@ -124,7 +124,7 @@ def _calibration(work: Path, recipe: Recipe, tokenizer: Any, max_positions: int,
 
 def _rest(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tensor]:
     """What is stored outside the blocks; a head that is tied to the embedding is stored once."""
-    tied = checkpoint.config.get("tie_word_embeddings", False)
+    tied = architecture.is_tied(checkpoint.config)
     return {
         name: checkpoint.as_stored(name)
         for name in checkpoint.parameters()
@@ -134,27 +134,22 @@ def _rest(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tenso
 
 def _export(
     folder: Path,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    skeleton: Skeleton,
     recipe: Recipe,
     request: dict[str, Any],
     streamed: Streamed,
     parts: Parts,
 ) -> None:
     """Write the artifact's weights, config, tokenizer and resolved recipe."""
+    checkpoint = skeleton.checkpoint
     _check_changed(recipe, streamed)
     folder.mkdir()
     parts.assemble(folder)
     config = {key: value for key, value in checkpoint.config.items() if key not in {"quantization_config", "auto_map"}}
     if streamed.grids:
         assert recipe.output.packing is not None
-        linear = [
-            f"{architecture.blocks}.{block}.{name}"
-            for block in range(int(config["num_hidden_layers"]))
-            for name in architecture.linear_layers
-        ]
         config["quantization_config"] = compressed_tensors.quantization_config(
-            streamed.grids, [*linear, architecture.head], recipe.output.packing
+            streamed.grids, skeleton.linear_layers, recipe.output.packing
         )
     write_json(folder / "config.json", config)
     for pattern in COMPANION_FILES:

@@ -40,6 +40,21 @@ class Skeleton:
         """Name of a decoder block: ``model.layers.12``."""
         return f"{self.architecture.blocks}.{index}"
 
+    @property
+    def hidden_size(self) -> int:
+        """Columns of what goes from block to block."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def linear_layers(self) -> list[str]:
+        """Names of all linear layers of the model, those outside the blocks too."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+
+    def present(self, names: Iterable[str]) -> list[str]:
+        """Those of the modules that this model has."""
+        known = {name for name, _ in self.model.named_modules()}
+        return [name for name in names if name in known]
+
     def module(self, name: str) -> nn.Module:
         """A part of the model by name."""
         module: nn.Module = self.model.get_submodule(name)
@@ -58,7 +73,7 @@ class Skeleton:
     def load_head(self) -> None:
         """Load the output head, which may be the embedding's matrix."""
         name = f"{self.architecture.head}.weight"
-        tied = bool(self.model.config.get_text_config().tie_word_embeddings)
+        tied = self.architecture.is_tied(self.checkpoint.config)
         source = f"{self.architecture.embedding}.weight" if tied else name
         self.assign(name, self._read(source, self.model.get_parameter(name).shape))
         bias = f"{self.architecture.head}.bias"

@@ -137,17 +137,19 @@ class Stream:
         skeleton, journal = self.skeleton, self.journal
         self.result.blocks = [BlockResult.from_json(entry) for entry in journal.entries]
         done, first = blocks[: journal.num_blocks], blocks[journal.num_blocks]
-        skeleton.load(skeleton.architecture.embedding)
-        width = skeleton.module(skeleton.architecture.embedding).get_parameter("weight").shape[1]
-        if journal.has_activations([[*each.input_shape, width] for each in passes]):
+        before_blocks = skeleton.present(skeleton.architecture.before_blocks)
+        for name in before_blocks:
+            skeleton.load(name)
+        if journal.has_activations([[*each.input_shape, skeleton.hidden_size] for each in passes]):
             with skeleton.skipped(done):
                 for number, each in enumerate(passes):
                     journal.restore(number, each.advance_to(first))
-            skeleton.unload(skeleton.architecture.embedding)
-            return
-        for each in passes:
-            each.advance_to(blocks[0])
-        skeleton.unload(skeleton.architecture.embedding)
+            done = []
+        else:
+            for each in passes:
+                each.advance_to(blocks[0])
+        for name in before_blocks:
+            skeleton.unload(name)
         for index, block in enumerate(done):
             self._load_compressed(index, block)
             for each in passes:
@@ -251,7 +253,8 @@ class Stream:
     def _finish(self, probe_pass: ForwardPass) -> Tensor:
         """The probe's logits, from the last block through the final norm and the head."""
         skeleton = self.skeleton
-        skeleton.load(skeleton.architecture.final_norm)
+        for name in skeleton.present(skeleton.architecture.after_blocks):
+            skeleton.load(name)
         skeleton.load_head()
         logits = probe_pass.finish()[0].cpu()
         skeleton.unload(skeleton.architecture.head)
