@@ -41,7 +41,7 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "sparse50",
-            "Half of all weights of the linear layers become zero, by SparseGPT; takes minutes. The bytes on disk stay.",
+            "Half of the linear layers' weights become zero, by SparseGPT; takes minutes. The bytes on disk stay.",
             _recipe({"technique": "sparsegpt", "sparsity": 0.5}),
         ),
     )
