@@ -1,6 +1,6 @@
-"""GPTQ W4A16 of SmolLM2-135M: our time and perplexity against llm-compressor's, in one call, in turns.
+"""One technique on SmolLM2-135M: our time and perplexity against llm-compressor's, in one call, in turns.
 
-    .venv/bin/python -m bench.speed [--runs 1] [--num-samples 64]
+    .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda] [--runs 1] [--num-samples 64]
 
 Both compute in float32 with the same samples and threads, each in a process of its own, and are timed from the
 start of the process to the files on disk. The limit is the floating-point operations of one forward pass and of the
@@ -38,7 +38,10 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=1, help="of each, in turns")
     arguments.add_argument("--num-samples", type=int, default=64)
     arguments.add_argument("--max-seq-length", type=int, default=512)
-    arguments.add_argument("--group-size", type=int, default=64)
+    arguments.add_argument("--technique", choices=["gptq", "sparsegpt", "wanda"], default="gptq")
+    arguments.add_argument("--group-size", type=int, default=64, help="of gptq")
+    arguments.add_argument("--sparsity", type=float, default=0.5, help="of the others")
+    arguments.add_argument("--mask-structure", help="of the others, such as 2:4; their sparsity follows from it")
     arguments.add_argument("--peer-observer", default="minmax", help="llm-compressor's default, or memoryless_mse")
     arguments.add_argument("--skip-peer", action="store_true")
     options = arguments.parse_args()
@@ -75,7 +78,8 @@ def main() -> None:
         ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
         print(f"ratio of times               {_spread(ratios)}")
     rate = statistics.median(rates)
-    operations = limit_operations(json.loads((model / "config.json").read_text()), samples.numel(), samples.shape[1])
+    config = json.loads((model / "config.json").read_text())
+    operations = limit_operations(config, samples.numel(), samples.shape[1], hessians=options.technique != "wanda")
     limit = operations / rate
     print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
     print(f"attar takes {statistics.median(ours) / limit:.2f} times that")
@@ -83,7 +87,7 @@ def main() -> None:
     print("where our last run's seconds went:", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
-def limit_operations(config: dict[str, Any], num_tokens: int, length: int) -> float:
+def limit_operations(config: dict[str, Any], num_tokens: int, length: int, *, hessians: bool) -> float:
     """Floating-point operations of one forward pass of a Llama's blocks, and of half of each distinct Hessian."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads = config["num_attention_heads"]
@@ -91,8 +95,8 @@ def limit_operations(config: dict[str, Any], num_tokens: int, length: int) -> fl
     query, keys = heads * width, config["num_key_value_heads"] * width
     linear = 2 * num_tokens * (hidden * (query + 2 * keys) + query * hidden + 3 * hidden * inner)
     attention = 2 * 2 * num_tokens * length * query / 2
-    hessians = num_tokens * (2 * hidden**2 + query**2 + inner**2)
-    return float(config["num_hidden_layers"] * (linear + attention + hessians))
+    squares = num_tokens * (2 * hidden**2 + query**2 + inner**2) if hessians else 0
+    return float(config["num_hidden_layers"] * (linear + attention + squares))
 
 
 def gemm_rate(seconds: float = 2.0) -> float:
@@ -126,15 +130,24 @@ def _check_same_samples(work: Path, tokenizer: Any, samples: torch.Tensor) -> No
 
 
 def _our_command(work: Path, model: Path, options: argparse.Namespace) -> list[str]:
-    return [sys.executable, "-m", "bench.our_gptq", str(model), str(work / "calibration.txt"), str(work / "attar"),
+    return [sys.executable, "-m", "bench.our_side", str(model), str(work / "calibration.txt"), str(work / "attar"),
             "--num-samples", str(options.num_samples), "--max-seq-length", str(options.max_seq_length),
-            "--group-size", str(options.group_size), "--num-threads", str(_num_threads())]  # fmt: skip
+            "--stage", json.dumps(_stage(options)), "--num-threads", str(_num_threads())]  # fmt: skip
 
 
 def _peer_command(python: Path, work: Path, model: Path, options: argparse.Namespace) -> list[str]:
-    return [str(python), str(ROOT / "bench" / "peer_gptq.py"), str(model), str(work / "samples.safetensors"),
-            str(work / "llm-compressor"), "--group-size", str(options.group_size), "--observer", options.peer_observer,
+    return [str(python), str(ROOT / "bench" / "peer_side.py"), str(model), str(work / "samples.safetensors"),
+            str(work / "llm-compressor"), "--stage", json.dumps(_stage(options)), "--observer", options.peer_observer,
             "--num-threads", str(_num_threads())]  # fmt: skip
+
+
+def _stage(options: argparse.Namespace) -> dict[str, Any]:
+    """The recipe's one stage, which the peer reads as well."""
+    if options.technique == "gptq":
+        return {"technique": "gptq", "scheme": "W4A16", "group_size": options.group_size}
+    if options.mask_structure:
+        return {"technique": options.technique, "mask_structure": options.mask_structure}
+    return {"technique": options.technique, "sparsity": options.sparsity}
 
 
 def _num_threads() -> int:

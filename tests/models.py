@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 _SENTENCES = (
     "The quick brown fox jumps over the lazy dog.",
@@ -44,6 +45,35 @@ def write_tiny_llama(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(config)
+    model.bfloat16()
+    model.save_pretrained(folder)
+
+
+def write_tiny_model(folder: Path, model_type: str, *, seed: int = 0, **config: Any) -> None:
+    """Write a random two-block causal model of ``model_type`` in bfloat16, with a tokenizer, to ``folder``."""
+    import torch
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    write_tokenizer(folder, 384)
+    sizes = {
+        "vocab_size": 384,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 512,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "pad_token_id": 0,
+        "dtype": "bfloat16",
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        auto: Any = AutoModelForCausalLM
+        model = auto.from_config(CONFIG_MAPPING[model_type](**{**sizes, **config}))
+        for name, parameter in model.named_parameters():
+            # Norms and biases that are all one, or all zero, would hide that they were left out.
+            if parameter.dim() == 1:
+                torch.nn.init.normal_(parameter, mean=0.0 if name.endswith("bias") else 1.0, std=0.1)
     model.bfloat16()
     model.save_pretrained(folder)
 

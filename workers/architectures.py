@@ -1,7 +1,7 @@
 """One table: what the engine needs to know of an architecture. Torch-free.
 
-A row says where the decoder blocks, embedding, final norm and head are, in names of the checkpoint, and
-which linear layers of a block share one input. Blocks, names and groups are relative to the prefix.
+A row says where the decoder blocks, the embedding, what lies around the blocks, and the head are, in names of the
+checkpoint, and which linear layers of a block share one input.
 """
 
 from __future__ import annotations
@@ -15,14 +15,17 @@ from workers.errors import UserError
 
 @dataclass(frozen=True)
 class Architecture:
-    """Where the parts of a causal language model are."""
+    """Where the parts of a causal language model are, by their names in the checkpoint."""
 
     model_type: str
     blocks: str = "model.layers"
     embedding: str = "model.embed_tokens"
-    final_norm: str = "model.norm"
-    rotary: str = "model.rotary_emb"
+    # Modules with weights that a pass meets before the first block, and between the last one and the head. Those that
+    # a model of this type may lack are in both lists all the same.
+    before_blocks: tuple[str, ...] = ("model.embed_tokens",)
+    after_blocks: tuple[str, ...] = ("model.norm",)
     head: str = "lm_head"
+    earlier_head: str = "lm_head"  # its name in checkpoints, where transformers has renamed it since
     # Linear layers of one block, in order of execution; those in one group read the same input.
     linear_groups: tuple[tuple[str, ...], ...] = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -30,11 +33,19 @@ class Architecture:
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     )
+    # What config.json says when it is silent, and how it calls sizes that others call by Llama's names.
+    ties_by_default: bool = False
+    intermediate_size: str = "intermediate_size"
+    embedding_size: str = "hidden_size"
 
     @property
     def linear_layers(self) -> tuple[str, ...]:
         """Every linear layer of one block."""
         return tuple(name for group in self.linear_groups for name in group)
+
+    def is_tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the head is the embedding's matrix."""
+        return bool(config.get("tie_word_embeddings", self.ties_by_default))
 
 
 ARCHITECTURES: Mapping[str, Architecture] = {
@@ -44,6 +55,50 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("mistral"),
         Architecture("qwen2"),
         Architecture("qwen3"),
+        Architecture("gemma3_text", ties_by_default=True),
+        Architecture(
+            "phi3",
+            linear_groups=(
+                ("self_attn.qkv_proj",),
+                ("self_attn.o_proj",),
+                ("mlp.gate_up_proj",),
+                ("mlp.down_proj",),
+            ),
+        ),
+        Architecture(
+            "opt",
+            blocks="model.decoder.layers",
+            embedding="model.decoder.embed_tokens",
+            before_blocks=(
+                "model.decoder.embed_tokens",
+                "model.decoder.embed_positions",
+                "model.decoder.project_in",
+            ),
+            after_blocks=("model.decoder.final_layer_norm", "model.decoder.project_out"),
+            linear_groups=(
+                ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                ("self_attn.out_proj",),
+                ("fc1",),
+                ("fc2",),
+            ),
+            ties_by_default=True,
+            intermediate_size="ffn_dim",
+            embedding_size="word_embed_proj_dim",
+        ),
+        Architecture(
+            "gpt_neox",
+            blocks="gpt_neox.layers",
+            embedding="gpt_neox.embed_in",
+            before_blocks=("gpt_neox.embed_in",),
+            after_blocks=("gpt_neox.final_layer_norm",),
+            earlier_head="embed_out",
+            linear_groups=(
+                ("attention.query_key_value",),
+                ("attention.dense",),
+                ("mlp.dense_h_to_4h",),
+                ("mlp.dense_4h_to_h",),
+            ),
+        ),
     )
 }
 

@@ -23,7 +23,7 @@ from workers.formats.parts import write_json
 from workers.model_card import model_card
 from workers.recipe import Recipe
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import Magnitude
+from workers.techniques import PruningOptions
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -131,7 +131,7 @@ def _check_logits(model: Any, probe: Path) -> None:
 def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Bytes before and after. A result has to be smaller, unless it proves zeros instead."""
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
-    if artifact_bytes >= original_bytes and not any(isinstance(stage, Magnitude) for stage in recipe.stages):
+    if artifact_bytes >= original_bytes and not any(isinstance(stage, PruningOptions) for stage in recipe.stages):
         raise UserError(
             "not_smaller",
             f"The result has {artifact_bytes:,} bytes and the original's parameters have {original_bytes:,}: "
@@ -163,7 +163,7 @@ def _larger_than_file(size: dict[str, Any]) -> dict[str, Any]:
 def _prove_zeros(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with the zeros that pruning left in the reopened artifact."""
     for stage, report in zip(recipe.stages, stages, strict=True):
-        if not isinstance(stage, Magnitude):
+        if not isinstance(stage, PruningOptions):
             continue
         assert stage.sparsity is not None
         found = measure_sparsity(model, list(report["layers"]), stage.sparsity, stage.pattern)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from workers.architectures import Architecture, architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device
+from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream, Streamed
 from workers.engine.text import calibration_samples, read_documents, tokenize
@@ -55,7 +57,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"
     )[:NUM_PROBE_TOKENS]
     skeleton = Skeleton(checkpoint, architecture, compute_device())
-    parts = Parts(work / "parts")
+    journal = _journal(work, recipe, emit)
 
     def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
         emit(
@@ -65,11 +67,11 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
 
     for index in range(1, len(recipe.stages)):
         emit({"event": "stage", "index": index, "status": "running", "metrics": {}})
-    streamed = Stream(skeleton, recipe, parts, progress).run(calibration, probe)
+    streamed = Stream(skeleton, recipe, journal, progress).run(calibration, probe)
     emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
-    parts.write("rest", _rest(checkpoint, architecture))
+    journal.parts.write("rest", _rest(checkpoint, architecture))
     check_unchanged(work / "source")
-    _export(work / "artifact", checkpoint, architecture, recipe, request, streamed, parts)
+    _export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
     stages = [_stage_report(recipe, index, streamed) for index in range(len(recipe.stages))]
     write_json(
@@ -82,6 +84,21 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     )
     for index, stage in enumerate(stages):
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
+
+
+def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:
+    """The journal in ``{work}/journal``: empty, or what an earlier attempt at the same work left."""
+    source = work / "source"
+    identity = {
+        "attar": version("attar"),
+        "model": json.loads((source / "model.json").read_text(encoding="utf-8"))["revision"],
+        "recipe": recipe.model_dump(mode="json"),
+        "data": json.loads((source / "data.json").read_text(encoding="utf-8")),
+    }
+    journal = Journal(work / "journal", identity)
+    if journal.discarded is not None:
+        emit({"event": "warning", "code": journal.discarded.code, "message": journal.discarded.message, "param": None})
+    return journal
 
 
 def _calibration(work: Path, recipe: Recipe, tokenizer: Any, max_positions: int, emit: Emit) -> Tensor | None:
@@ -107,7 +124,7 @@ def _calibration(work: Path, recipe: Recipe, tokenizer: Any, max_positions: int,
 
 def _rest(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tensor]:
     """What is stored outside the blocks; a head that is tied to the embedding is stored once."""
-    tied = checkpoint.config.get("tie_word_embeddings", False)
+    tied = architecture.is_tied(checkpoint.config)
     return {
         name: checkpoint.as_stored(name)
         for name in checkpoint.parameters()
@@ -117,27 +134,22 @@ def _rest(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tenso
 
 def _export(
     folder: Path,
-    checkpoint: Checkpoint,
-    architecture: Architecture,
+    skeleton: Skeleton,
     recipe: Recipe,
     request: dict[str, Any],
     streamed: Streamed,
     parts: Parts,
 ) -> None:
     """Write the artifact's weights, config, tokenizer and resolved recipe."""
+    checkpoint = skeleton.checkpoint
     _check_changed(recipe, streamed)
     folder.mkdir()
     parts.assemble(folder)
     config = {key: value for key, value in checkpoint.config.items() if key not in {"quantization_config", "auto_map"}}
     if streamed.grids:
         assert recipe.output.packing is not None
-        linear = [
-            f"{architecture.blocks}.{block}.{name}"
-            for block in range(int(config["num_hidden_layers"]))
-            for name in architecture.linear_layers
-        ]
         config["quantization_config"] = compressed_tensors.quantization_config(
-            streamed.grids, [*linear, architecture.head], recipe.output.packing
+            streamed.grids, skeleton.linear_layers, recipe.output.packing
         )
     write_json(folder / "config.json", config)
     for pattern in COMPANION_FILES:
@@ -156,7 +168,8 @@ def _export(
 
 def _check_changed(recipe: Recipe, streamed: Streamed) -> None:
     """Raise UserError ``nothing_changed`` where a stage left every weight as it was."""
-    for index, layers in enumerate(streamed.metrics):
+    for index in range(len(recipe.stages)):
+        layers = streamed.metrics(index)
         if not layers:
             raise UserError(
                 "nothing_changed",
@@ -175,14 +188,14 @@ def _check_changed(recipe: Recipe, streamed: Streamed) -> None:
 
 def _stage_report(recipe: Recipe, index: int, streamed: Streamed) -> dict[str, Any]:
     """What the report says of a stage: totals for people, each layer for who looks closer."""
-    layers = streamed.metrics[index]
+    layers, fallbacks = streamed.metrics(index), streamed.fallbacks(index)
     errors = [layer["relative_error"] for layer in layers.values() if "relative_error" in layer]
-    metrics: dict[str, Any] = {"num_layers": len(layers), "num_fallbacks": len(streamed.fallbacks[index])}
+    metrics: dict[str, Any] = {"num_layers": len(layers), "num_fallbacks": len(fallbacks)}
     if errors:
         metrics["mean_relative_error"] = sum(errors) / len(errors)
     return {
         "technique": recipe.stages[index].model_dump()["technique"],
         "metrics": metrics,
-        "fallbacks": streamed.fallbacks[index],
+        "fallbacks": fallbacks,
         "layers": layers,
     }

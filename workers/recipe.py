@@ -10,6 +10,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 from pydantic_core import PydanticCustomError
 
 from workers.techniques import QuantizationOptions, Stage
+from workers.techniques.options import Statistic
 
 RECIPE_VERSION: Literal[1] = 1
 
@@ -125,7 +126,7 @@ class Recipe(_Part):
         return self
 
     @property
-    def statistics(self) -> frozenset[str]:
+    def statistics(self) -> frozenset[Statistic]:
         """What the stages need from calibration."""
         return frozenset().union(*(stage.statistics for stage in self.stages))
 

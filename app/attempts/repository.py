@@ -6,7 +6,7 @@ lease was taken away changes nothing. Time is the database's clock alone.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from app.artifacts.models import Artifact
 from app.attempts.models import Attempt
-from app.jobs.models import Job
+from app.jobs.models import ENDED, Job
 
 LIVE = ("running", "pausing", "cancelling")  # statuses in which a worker holds the job
 
@@ -226,6 +226,11 @@ def count_claimable(session: Session) -> dict[str, int]:
     """How many jobs could be claimed now, by queue."""
     rows = session.execute(select(Job.queue, func.count()).where(_claimable()).group_by(Job.queue))
     return {queue: count for queue, count in rows}  # noqa: C416 — a Row is not typed as a pair
+
+
+def not_ended(session: Session, job_ids: Sequence[str]) -> set[str]:
+    """Those of the jobs that have not ended."""
+    return set(session.scalars(select(Job.id).where(Job.id.in_(job_ids), Job.status.not_in(ENDED))))
 
 
 def unnamed_fences(session: Session, job_id: str, up_to: int) -> list[int]:

@@ -197,6 +197,11 @@ def count_claimable(session: Session) -> dict[str, int]:
     return repository.count_claimable(session)
 
 
+def not_ended(session: Session, job_ids: Sequence[str]) -> set[str]:
+    """Those of the jobs that wait or run."""
+    return repository.not_ended(session, job_ids)
+
+
 def unnamed_fences(session: Session, claim: Claim) -> list[int]:
     """Fences, of this attempt and of earlier ones, under which storage may hold files that belong to no artifact."""
     return repository.unnamed_fences(session, claim.job_id, claim.fence)

@@ -18,7 +18,7 @@ from workers.sources.datasets import check_dataset
 from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
-from workers.techniques import Magnitude, QuantizationOptions
+from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.options import group_size_fits
 
 _TRAINING_KINDS = frozenset({"training", "distillation"})
@@ -75,7 +75,7 @@ def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:
     Raises UserError ``mask_structure_fits_no_layer``.
     """
     for index, stage in enumerate(recipe.stages):
-        pattern = stage.pattern if isinstance(stage, Magnitude) else None
+        pattern = stage.pattern if isinstance(stage, PruningOptions) else None
         if pattern is not None and not any(width % pattern[1] == 0 for width in facts.linear_in_features):
             raise UserError(
                 "mask_structure_fits_no_layer",

@@ -110,6 +110,25 @@ def _kill_oneself(_work: Path, _request: dict[str, Any], _events_fd: int) -> Non
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _finish_a_block(work: Path) -> int:
+    """Add to the journal; how many blocks it had before."""
+    folder = work / "journal"
+    folder.mkdir(exist_ok=True)
+    num_blocks = len(list(folder.iterdir()))
+    (folder / f"block-{num_blocks:05d}.json").write_text("{}")
+    return num_blocks
+
+
+def _die_before_the_third_block(work: Path, request: dict[str, Any], events_fd: int) -> None:
+    if _finish_a_block(work) < 2:
+        _kill_oneself(work, request, events_fd)
+
+
+def _hang_after_a_block(work: Path, request: dict[str, Any], events_fd: int) -> None:
+    _finish_a_block(work)
+    _hang(work, request, events_fd)
+
+
 def _once(behave: Callable[[Path, dict[str, Any], int], None]) -> Callable[[Path, dict[str, Any], int], None]:
     def behave_once(work: Path, request: dict[str, Any], events_fd: int) -> None:
         if request["attempt"] == 1:
@@ -151,6 +170,8 @@ BEHAVIOURS: dict[str, Callable[[Path, dict[str, Any], int], None]] = {
     "killed": _kill_oneself,
     "killed-once": _once(_kill_oneself),
     "hang-once": _once(_hang),
+    "journal": _die_before_the_third_block,
+    "journal-hang": _hang_after_a_block,
     "garbage": _say(b"this is not JSON\n"),
     "unknown": _say(b'{"event": "promise"}\n'),
     "endless-line": _say(b'{"event": "' + b"x" * 2_000_000),

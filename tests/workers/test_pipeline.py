@@ -48,6 +48,11 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"stages": [{"technique": "magnitude", "sparsity": 0.5}]},
         {"stages": [{"technique": "magnitude", "mask_structure": "2:4"}]},
         {"stages": [{"technique": "magnitude", "sparsity": 0.3}, GPTQ]},
+        {"stages": [{"technique": "wanda", "sparsity": 0.5}]},
+        {"stages": [{"technique": "wanda", "mask_structure": "2:4"}, NEAREST]},
+        {"stages": [{"technique": "sparsegpt", "sparsity": 0.6}]},
+        {"stages": [{"technique": "sparsegpt", "mask_structure": "2:4"}, GPTQ]},
+        {"stages": [{"technique": "magnitude", "sparsity": 0.2}, {"technique": "sparsegpt", "sparsity": 0.5}]},
         {"stages": [{"technique": "magnitude", "mask_structure": "1:4"}, {**INT8, "symmetric": False}]},
     ],
     ids=lambda recipe: "+".join(
@@ -64,7 +69,7 @@ def test_an_artifact_is_proven_and_measured(recipe: dict[str, Any], tiny_llama: 
     assert attempt.outcome["constraints_violated"] == []
     statuses = [event["status"] for event in attempt.events if event["event"] == "stage"]
     assert statuses.count("succeeded") == len(recipe["stages"])
-    if not any(stage["technique"] == "magnitude" for stage in recipe["stages"]):
+    if any(stage["technique"] in ("gptq", "round_to_nearest") for stage in recipe["stages"]):
         assert attempt.outcome["result"]["compression_ratio"] > 1
 
 

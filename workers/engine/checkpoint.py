@@ -11,6 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from workers.architectures import ARCHITECTURES
 from workers.errors import UserError
 
 _PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -27,10 +28,15 @@ class Checkpoint:
         self.folder = folder
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._file_of: dict[str, Path] = {}
+        self._stored_name: dict[str, str] = {}
+        row = ARCHITECTURES.get(str(self.config.get("model_type")))
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    self._file_of[name] = path
+                for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                    name = stored
+                    if row is not None and stored.startswith(row.earlier_head + "."):
+                        name = row.head + stored.removeprefix(row.earlier_head)
+                    self._file_of[name], self._stored_name[name] = path, stored
         self._schemes = _QuantizationSchemes(self.config.get("quantization_config"))
 
     @property
@@ -50,7 +56,7 @@ class Checkpoint:
     def stored(self, name: str) -> Tensor:
         """A tensor as it is stored."""
         with safe_open(self._file_of[name], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name)
+            tensor: Tensor = file.get_tensor(self._stored_name[name])
             return tensor
 
     def parameter(self, name: str) -> Tensor:
@@ -85,7 +91,7 @@ class Checkpoint:
         module = name.removesuffix(".weight")
         stored = f"{module}.weight_scale" if f"{module}.weight_scale" in self._file_of else name
         with safe_open(self._file_of[stored], framework="pt") as file:
-            dtype: torch.dtype = file.get_slice(stored)[:0].dtype
+            dtype: torch.dtype = file.get_slice(self._stored_name[stored])[:0].dtype
             return dtype
 
     def _is_quantized(self, module: str) -> bool:

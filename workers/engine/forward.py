@@ -29,6 +29,7 @@ class ForwardPass:
     """One batch on its way through a model whose hooks were set by :func:`stop_before`."""
 
     def __init__(self, model: nn.Module, input_ids: Tensor) -> None:
+        self.input_shape = input_ids.shape  # batch × tokens
         self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, use_cache=False).logits)
 
     def advance_to(self, name: str) -> Tensor:

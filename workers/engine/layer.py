@@ -43,9 +43,13 @@ class Layer:
 
     def prune(self, mask: Tensor) -> int:
         """Set the weights under ``mask`` to zero, for good; how many of them were not zero before."""
+        return self.replace_pruned(self.weight, mask)
+
+    def replace_pruned(self, weight: Tensor, mask: Tensor) -> int:
+        """Take over ``weight`` with zeros under ``mask``, for good; how many of them were not zero before."""
         num_pruned = int((mask & (self.weight != 0)).sum())
         self.zeros = mask if self.zeros is None else self.zeros | mask
-        self.weight = torch.where(self.zeros, 0.0, self.weight)
+        self.weight = torch.where(self.zeros, 0.0, weight)
         return num_pruned
 
     def fall_back(self, code: str, message: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,21 @@ class Skeleton:
         """Name of a decoder block: ``model.layers.12``."""
         return f"{self.architecture.blocks}.{index}"
 
+    @property
+    def hidden_size(self) -> int:
+        """Columns of what goes from block to block."""
+        return int(self.model.config.get_text_config().hidden_size)
+
+    @property
+    def linear_layers(self) -> list[str]:
+        """Names of all linear layers of the model, those outside the blocks too."""
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+
+    def present(self, names: Iterable[str]) -> list[str]:
+        """Those of the modules that this model has."""
+        known = {name for name, _ in self.model.named_modules()}
+        return [name for name in names if name in known]
+
     def module(self, name: str) -> nn.Module:
         """A part of the model by name."""
         module: nn.Module = self.model.get_submodule(name)
@@ -56,7 +73,7 @@ class Skeleton:
     def load_head(self) -> None:
         """Load the output head, which may be the embedding's matrix."""
         name = f"{self.architecture.head}.weight"
-        tied = bool(self.model.config.get_text_config().tie_word_embeddings)
+        tied = self.architecture.is_tied(self.checkpoint.config)
         source = f"{self.architecture.embedding}.weight" if tied else name
         self.assign(name, self._read(source, self.model.get_parameter(name).shape))
         bias = f"{self.architecture.head}.bias"
@@ -67,6 +84,18 @@ class Skeleton:
         """Give back the memory of the module ``prefix``."""
         for name, parameter in self.module(prefix).named_parameters():
             self.assign(f"{prefix}.{name}", torch.empty(parameter.shape, dtype=torch.float32, device="meta"))
+
+    @contextmanager
+    def skipped(self, blocks: Iterable[str]) -> Iterator[None]:
+        """Passes go through these blocks without change, and need none of their weights."""
+        modules = [self.module(name) for name in blocks]
+        for module in modules:
+            module.forward = _unchanged
+        try:
+            yield
+        finally:
+            for module in modules:
+                del module.forward  # the class's own is there again
 
     def assign(self, name: str, tensor: Tensor) -> None:
         """Make ``tensor`` the parameter ``name``."""
@@ -115,6 +144,10 @@ class Skeleton:
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
+
+
+def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
+    return hidden_states
 
 
 def _empty_model(folder: Path) -> Any:

@@ -7,38 +7,62 @@ from torch import Tensor
 
 from workers.errors import UserError
 from workers.solvers.hessian import InverseFactor, NotPositiveDefiniteError, accumulate, inverse_factor, symmetrize
+from workers.techniques.options import Statistic
 
 
 class InputStatistics:
-    """The Hessian of an input of ``in_features`` columns, and the factors that solvers make of it."""
+    """What the stages want to know of an input of ``in_features`` columns, and what solvers make of it."""
 
-    def __init__(self, name: str, in_features: int, device: torch.device) -> None:
+    def __init__(self, name: str, in_features: int, wanted: frozenset[Statistic], device: torch.device) -> None:
         self.name = name
         self.num_tokens = 0
-        self.hessian = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        self._hessian: Tensor | None = None
+        self._squares: Tensor | None = None  # of each column; the Hessian has them on its diagonal
+        if "hessian" in wanted:
+            self._hessian = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
+        else:
+            self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
         self._factors: dict[tuple[bool, float], InverseFactor | None] = {}
 
     def add(self, inputs: Tensor) -> None:
         """Take in the input of one batch: … × in_features."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.num_tokens += rows.shape[0]
-        accumulate(self.hessian, rows)
+        if self._hessian is not None:
+            accumulate(self._hessian, rows)
+        if self._squares is not None:
+            self._squares += rows.square().sum(dim=0)
 
     def finish(self) -> None:
-        """Say that every batch is in: the Hessian becomes the mean over tokens.
+        """Say that every batch is in: sums become means over tokens.
 
         Raises:
             UserError: ``non_finite_activations``.
         """
-        symmetrize(self.hessian)
-        self.hessian /= self.num_tokens
-        if not bool(torch.isfinite(self.hessian.diagonal()).all()):
+        if self._hessian is not None:
+            symmetrize(self._hessian)
+            self._hessian /= self.num_tokens
+        if self._squares is not None:
+            self._squares /= self.num_tokens
+        if not bool(torch.isfinite(self.input_norms).all()):
             raise UserError(
                 "non_finite_activations",
                 f"The input of {self.name} is not finite on the calibration text.",
                 param="model.id",
                 hint="The checkpoint gives NaN or infinity; check it, and its dtype, on the same text.",
             )
+
+    @property
+    def hessian(self) -> Tensor:
+        """XᵀX over the number of tokens: float32, in_features × in_features."""
+        assert self._hessian is not None
+        return self._hessian
+
+    @property
+    def input_norms(self) -> Tensor:
+        """Root of the mean square of each column: float32, in_features."""
+        squares = self._squares if self._squares is not None else self.hessian.diagonal()
+        return squares.sqrt().to(torch.float32)
 
     def inverse_factor(self, *, act_order: bool, damping: float) -> InverseFactor | None:
         """The factor of the inverse Hessian, made once for all layers of the input; None if there is none."""

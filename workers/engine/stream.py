@@ -15,12 +15,12 @@ from torch import Tensor
 
 from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, stop_before
+from workers.engine.journal import Journal, part_name
 from workers.engine.layer import Layer
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.errors import UserError
 from workers.formats import compressed_tensors
-from workers.formats.parts import Parts
 from workers.recipe import Recipe
 from workers.solvers.quantization import Grid
 from workers.techniques import StageOptions
@@ -32,33 +32,69 @@ Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fr
 
 
 @dataclass
+class BlockResult:
+    """What the report and the config need of one finished block."""
+
+    metrics: list[dict[str, dict[str, Any]]]  # of each stage, by layer
+    fallbacks: list[list[dict[str, Any]]]  # of each stage
+    grids: dict[str, tuple[Grid, int]] = field(default_factory=dict)  # of quantized layers, with in_features
+
+    def to_json(self) -> dict[str, Any]:
+        """As the journal keeps it."""
+        grids = {
+            name: [grid.num_bits, grid.group_size, grid.symmetric, str(grid.scale_dtype), in_features]
+            for name, (grid, in_features) in self.grids.items()
+        }
+        return {"metrics": self.metrics, "fallbacks": self.fallbacks, "grids": grids}
+
+    @classmethod
+    def from_json(cls, kept: dict[str, Any]) -> BlockResult:
+        """From what :meth:`to_json` gave."""
+        grids = {
+            name: (Grid(num_bits, group_size, symmetric, getattr(torch, dtype.removeprefix("torch."))), in_features)
+            for name, (num_bits, group_size, symmetric, dtype, in_features) in kept["grids"].items()
+        }
+        return cls(kept["metrics"], kept["fallbacks"], grids)
+
+
+@dataclass
 class Streamed:
     """What came of it, apart from the parts on disk."""
 
     probe_logits: Tensor  # float32, tokens × vocabulary: what the artifact has to give on the probe
-    metrics: list[dict[str, dict[str, Any]]] = field(default_factory=list)  # of each stage, by layer
-    grids: dict[str, tuple[Grid, int]] = field(default_factory=dict)  # of quantized layers, with in_features
-    fallbacks: list[list[dict[str, Any]]] = field(default_factory=list)  # of each stage
+    blocks: list[BlockResult] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    def metrics(self, stage: int) -> dict[str, dict[str, Any]]:
+        """What was measured in a stage, by layer."""
+        return {name: metrics for block in self.blocks for name, metrics in block.metrics[stage].items()}
+
+    def fallbacks(self, stage: int) -> list[dict[str, Any]]:
+        """Which layers of a stage got something else than what was asked for."""
+        return [fallback for block in self.blocks for fallback in block.fallbacks[stage]]
+
+    @property
+    def grids(self) -> dict[str, tuple[Grid, int]]:
+        """The grids of all quantized layers, with their numbers of input columns."""
+        return {name: grid for block in self.blocks for name, grid in block.grids.items()}
 
 
 class Stream:
     """One pass over a checkpoint that applies the stages of a recipe to every block."""
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, parts: Parts, progress: Progress) -> None:
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, journal: Journal, progress: Progress) -> None:
         self.skeleton = skeleton
         self.recipe = recipe
-        self.parts = parts
+        self.journal = journal
         self.progress = progress
-        self.result = Streamed(
-            probe_logits=torch.empty(0), metrics=[{} for _ in recipe.stages], fallbacks=[[] for _ in recipe.stages]
-        )
+        self.result = Streamed(probe_logits=torch.empty(0))
 
     @torch.inference_mode()
     def run(self, calibration: Tensor | None, probe: Tensor) -> Streamed:
-        """Compress every block. ``calibration`` is samples × tokens, or None; ``probe`` a row of token ids.
+        """Compress every block that the journal does not have.
 
-        The probe passes through the compressed blocks only, so its logits are what the artifact has to give.
+        ``calibration`` is samples × tokens, or None; ``probe`` a row of token ids, which passes through the compressed
+        blocks only, so that its logits are what the artifact has to give.
         """
         skeleton, architecture = self.skeleton, self.skeleton.architecture
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
@@ -68,22 +104,23 @@ class Stream:
         hooks = stop_before((name, skeleton.module(name)) for name in stops)
         probe_pass = ForwardPass(skeleton.model, probe.unsqueeze(0).to(skeleton.device))
         passes = [] if calibration is None else self._passes(calibration)
+        everyone = [*passes, probe_pass]
         with self._timed("forward"):
-            skeleton.load(architecture.embedding)
-            for each in [*passes, probe_pass]:
-                each.advance_to(blocks[0])
-            skeleton.unload(architecture.embedding)
-        for index, block in enumerate(blocks):
+            self._begin(blocks, everyone)
+        for index in range(self.journal.num_blocks, len(blocks)):
+            block = blocks[index]
             with self._timed("load"):
                 skeleton.load(block)
             layers = self._compress_block(index, blocks, passes)
             with self._timed("write"):
-                self.parts.write(f"block-{index:05d}", self._tensors_of(block, layers))
-            with self._timed("forward"):
-                if index + 1 < len(blocks):
-                    for each in [*passes, probe_pass]:
-                        each.advance_to(blocks[index + 1])
-                else:
+                self.journal.parts.write(part_name(index), self._tensors_of(block, layers))
+            if index + 1 < len(blocks):
+                with self._timed("forward"):
+                    hidden = [each.advance_to(blocks[index + 1]) for each in everyone]
+                with self._timed("journal"):
+                    self._finish_block(index, hidden)
+            else:
+                with self._timed("forward"):
                     for each in passes:
                         each.abandon()
                     self.result.probe_logits = self._finish(probe_pass)
@@ -95,6 +132,54 @@ class Stream:
             hook.remove()
         return self.result
 
+    def _begin(self, blocks: list[str], passes: list[ForwardPass]) -> None:
+        """Bring every pass to the first block that is not finished."""
+        skeleton, journal = self.skeleton, self.journal
+        self.result.blocks = [BlockResult.from_json(entry) for entry in journal.entries]
+        done, first = blocks[: journal.num_blocks], blocks[journal.num_blocks]
+        before_blocks = skeleton.present(skeleton.architecture.before_blocks)
+        for name in before_blocks:
+            skeleton.load(name)
+        if journal.has_activations([[*each.input_shape, skeleton.hidden_size] for each in passes]):
+            with skeleton.skipped(done):
+                for number, each in enumerate(passes):
+                    journal.restore(number, each.advance_to(first))
+            done = []
+        else:
+            for each in passes:
+                each.advance_to(blocks[0])
+        for name in before_blocks:
+            skeleton.unload(name)
+        for index, block in enumerate(done):
+            self._load_compressed(index, block)
+            for each in passes:
+                each.advance_to(blocks[index + 1])
+            skeleton.unload(block)
+
+    def _load_compressed(self, index: int, block: str) -> None:
+        """Load a finished block with the weights that the artifact will compute with."""
+        self.skeleton.load(block)
+        grids, stored = self.result.blocks[index].grids, self.journal.parts.read(part_name(index))
+        for name in self.skeleton.architecture.linear_layers:
+            layer = f"{block}.{name}"
+            if layer in grids:
+                grid, in_features = grids[layer]
+                assert self.recipe.output.packing is not None
+                encoded = {
+                    key.removeprefix(layer + "."): tensor
+                    for key, tensor in stored.items()
+                    if key.startswith(layer + ".weight")
+                }
+                weight = compressed_tensors.decode(encoded, grid, in_features, self.recipe.output.packing)
+            else:
+                weight = stored[f"{layer}.weight"].to(torch.float32)
+            self.skeleton.assign(f"{layer}.weight", weight.to(self.skeleton.device))
+
+    def _finish_block(self, index: int, hidden: list[Tensor]) -> None:
+        for number, each in enumerate(hidden):
+            self.journal.keep(index + 1, number, each)
+        self.journal.finish_block(index, self.result.blocks[index].to_json(), [each.shape for each in hidden])
+
     def _passes(self, calibration: Tensor) -> list[ForwardPass]:
         samples = max(1, TOKENS_PER_PASS // calibration.shape[1])
         return [
@@ -105,6 +190,8 @@ class Stream:
         """Solve every layer of a block, each group of them as soon as its input is there."""
         groups = self.skeleton.architecture.linear_groups
         block, done = blocks[index], []
+        stages = self.recipe.stages
+        self.result.blocks.append(BlockResult([{} for _ in stages], [[] for _ in stages]))
         for number, group in enumerate(groups):
             leader = f"{block}.{group[0]}"
             self.progress(leader, index, len(blocks), (index + number / len(groups)) / len(blocks))
@@ -122,7 +209,7 @@ class Stream:
         if not passes:
             return None
         in_features = self.skeleton.module(leader).get_parameter("weight").shape[1]
-        statistics = InputStatistics(leader, in_features, self.skeleton.device)
+        statistics = InputStatistics(leader, in_features, self.recipe.statistics, self.skeleton.device)
         for each in passes:
             with self._timed("forward"):
                 inputs = each.advance_to(leader)
@@ -142,8 +229,8 @@ class Stream:
             metrics = stage.compress(layer)
             if layer.quantized is not None:
                 metrics["group_size"] = layer.quantized.grid.group_size
-            self.result.metrics[index][layer.name] = metrics
-            self.result.fallbacks[index] += layer.fallbacks
+            self.result.blocks[-1].metrics[index][layer.name] = metrics
+            self.result.blocks[-1].fallbacks[index] += layer.fallbacks
             layer.fallbacks.clear()
 
     def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
@@ -153,7 +240,7 @@ class Stream:
             if layer.quantized is None:
                 tensors[f"{layer.name}.weight"] = layer.weight.to(layer.stored_dtype)
                 continue
-            self.result.grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
+            self.result.blocks[-1].grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
             assert self.recipe.output.packing is not None
             for name, tensor in compressed_tensors.encode(layer.quantized, self.recipe.output.packing).items():
                 tensors[f"{layer.name}.{name}"] = tensor
@@ -166,7 +253,8 @@ class Stream:
     def _finish(self, probe_pass: ForwardPass) -> Tensor:
         """The probe's logits, from the last block through the final norm and the head."""
         skeleton = self.skeleton
-        skeleton.load(skeleton.architecture.final_norm)
+        for name in skeleton.present(skeleton.architecture.after_blocks):
+            skeleton.load(name)
         skeleton.load_head()
         logits = probe_pass.finish()[0].cpu()
         skeleton.unload(skeleton.architecture.head)

@@ -36,6 +36,14 @@ def encode(quantized: QuantizedWeight, packing: Packing) -> dict[str, Tensor]:
     return encoded
 
 
+def decode(encoded: Mapping[str, Tensor], grid: Grid, in_features: int, packing: Packing) -> Tensor:
+    """The float32 weight that the tensors of :func:`encode` stand for."""
+    compressor = BaseCompressor.get_value_from_registry(packing)
+    state = {**encoded, "weight_scale": encoded["weight_scale"].to(torch.float32)}
+    weight: Tensor = compressor.decompress(state, _scheme(grid, in_features, packing))["weight"]
+    return weight
+
+
 def quantization_config(
     layers: Mapping[str, tuple[Grid, int]], linear_layers: list[str], packing: Packing
 ) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 LARGEST_SHARD_BYTES = 4_000_000_000
@@ -30,13 +30,21 @@ class Parts:
         self.folder = folder
         folder.mkdir(parents=True, exist_ok=True)
 
+    def path(self, name: str) -> Path:
+        """Where the part called ``name`` lies."""
+        return self.folder / f"{name}.safetensors"
+
+    def read(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one part."""
+        return load_file(self.path(name))
+
     def write(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Write one part."""
         temporary = self.folder / f".{name}.tmp"
         save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, temporary, _METADATA)
-        _flush(temporary)
-        temporary.rename(self.folder / f"{name}.safetensors")
-        _flush(self.folder)
+        flush(temporary)
+        temporary.rename(self.path(name))
+        flush(self.folder)
 
     def assemble(self, destination: Path) -> None:
         """Write all parts as ``model.safetensors``, or as shards with their index where that would be too large."""
@@ -69,7 +77,7 @@ class Parts:
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as JSON that people can read, flushed to the disk."""
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _flush(path)
+    flush(path)
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,8 @@ def _write_shard(path: Path, entries: list[_Entry]) -> None:
         os.fsync(output.fileno())
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file, or to a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -198,6 +198,67 @@ def quantize_columns(
     return torch.from_numpy(codes), squared_error
 
 
+@njit(nogil=True, cache=True, fastmath={"contract"})
+def _prune_rows(weight, factor, importance, mask, keep, group_size, first, last, errors):
+    columns = weight.shape[1]
+    score = np.empty(max(group_size, 1), dtype=np.float32)
+    for row in range(weight.shape[0]):
+        values = weight[row]
+        for column in range(first, last):
+            if group_size > 0 and column % group_size == 0 and column + group_size <= columns:
+                num_pruned = 0
+                for i in range(group_size):
+                    score[i] = values[column + i] * values[column + i] * importance[column + i]
+                    if mask[row, column + i]:
+                        num_pruned += 1
+                while num_pruned < group_size - keep:
+                    best = -1
+                    for i in range(group_size):
+                        if not mask[row, column + i] and (best < 0 or score[i] < score[best]):
+                            best = i
+                    mask[row, column + best] = True
+                    num_pruned += 1
+            if not mask[row, column]:
+                errors[row, column - first] = 0.0
+                continue
+            error = values[column] / factor[column, column]
+            errors[row, column - first] = error
+            values[column] = 0.0
+            for later in range(column + 1, last):
+                values[later] -= error * factor[column, later]
+
+
+def prune_columns(
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    mask: Tensor,
+    pattern: tuple[int, int] | None,
+    first: int,
+    last: int,
+) -> tuple[Tensor, float]:
+    """Prune columns ``first`` to ``last`` of ``weight`` under ``mask``, each one's error carried on inside the block.
+
+    ``weight`` (float32, rows × columns) and ``mask`` (boolean) are contiguous and changed in place. With ``pattern``
+    (N, M) the mask is grown here: in every M columns that begin at a multiple of M, all but the N weights whose square
+    times ``importance`` (float32, columns) is largest. ``factor`` is the upper Cholesky factor of the inverse Hessian.
+
+    Returns the errors (float32, rows × columns of the block), to be carried on to later blocks, and the sum of their
+    squares, which is the squared error of the product with the inputs.
+    """
+    rows = weight.shape[0]
+    errors = np.empty((rows, last - first), dtype=np.float32)
+    keep, group_size = pattern or (0, 0)
+    values, triangle, weights, pruned = weight.numpy(), factor.numpy(), importance.contiguous().numpy(), mask.numpy()
+
+    def prune(part: slice) -> None:
+        _prune_rows(values[part], triangle, weights, pruned[part], keep, group_size, first, last, errors[part])
+
+    _over_rows(rows, prune)
+    carried = torch.from_numpy(errors)
+    return carried, float(carried.square().sum(dtype=torch.float64))
+
+
 @lru_cache(maxsize=1)
 def _threads(num_threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(num_threads, thread_name_prefix="solver")

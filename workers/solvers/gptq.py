@@ -2,34 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from workers.solvers import compiled
-from workers.solvers.hessian import InverseFactor
+from workers.solvers.hessian import InverseFactor, Outcome, energy_of
 from workers.solvers.quantization import Grid, QuantizedWeight, choose_scales, quantize_to_nearest
 
 BLOCK_COLUMNS = 128
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What the report says of one weight."""
-
-    relative_error: float  # ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text
-    damping: float | None  # fraction of the mean diagonal; None after a fallback to nearest
-    num_dead_columns: int
-
-    def to_metrics(self) -> dict[str, Any]:
-        """As JSON."""
-        return {
-            "relative_error": self.relative_error,
-            "damping": self.damping,
-            "num_dead_columns": self.num_dead_columns,
-        }
 
 
 def gptq(
@@ -49,8 +29,8 @@ def gptq(
     """
     if factor is None:
         quantized = quantize_to_nearest(weight, grid, clip_search=clip_search, zeros=zeros)
-        difference = weight - quantized.dequantize()
-        return quantized, Outcome(_ratio(_energy(difference, hessian), _energy(weight, hessian)), None, 0)
+        change = weight - quantized.dequantize()
+        return quantized, Outcome.uncompensated(change, energy_of(weight, hessian), hessian)
     scale, zero_point = choose_scales(
         weight, grid, clip_search=clip_search, importance=hessian.diagonal().contiguous() if clip_search else None
     )
@@ -59,23 +39,14 @@ def gptq(
     ordered = weight[:, order].contiguous()
     pruned = None if zeros is None else zeros[:, order].contiguous()
     quantize = compiled.quantize_columns if weight.device.type == "cpu" else _quantize_columns
-    energy = _energy(weight, hessian)
+    energy = energy_of(weight, hessian)
     codes, squared_error = quantize(
         ordered, factor.factor, scale, zero_point, group_of, pruned, grid.lowest, grid.highest, BLOCK_COLUMNS
     )
     restored = torch.empty_like(codes)
     restored[:, order] = codes
     quantized = QuantizedWeight(restored, scale, zero_point, grid)
-    return quantized, Outcome(_ratio(squared_error, energy), factor.damping, factor.num_dead_columns)
-
-
-def _energy(weight: Tensor, hessian: Tensor) -> float:
-    """‖WX‖², from H = XᵀX."""
-    return float(torch.sum((weight @ hessian) * weight))
-
-
-def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+    return quantized, Outcome.solved(weight - quantized.dequantize(), squared_error, energy, factor)
 
 
 def _quantize_columns(

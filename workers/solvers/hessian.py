@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,45 @@ class InverseFactor:
     order: Tensor  # int64, K
     factor: Tensor  # float32, K × K
     damping: float  # the fraction of the mean diagonal that was needed
+    added: Tensor  # float32, K: what that, and a diagonal for dead columns, added to the Hessian's diagonal
     num_dead_columns: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the report says of a weight that was solved with its Hessian."""
+
+    relative_error: float  # ‖(W − Ŵ)X‖² / ‖WX‖² on the calibration text
+    damping: float | None  # fraction of the mean diagonal; None after a fallback that compensates nothing
+    num_dead_columns: int
+
+    @classmethod
+    def solved(cls, change: Tensor, carried: float, energy: float, factor: InverseFactor) -> Outcome:
+        """After the errors of W − Ŵ (``change``, rows × K), whose squares add up to ``carried``, were carried on.
+
+        The sum is the error under the damped Hessian; what the damping adds is taken off. ``energy`` is ‖WX‖².
+        """
+        of_damping = float((change.square().sum(dim=0, dtype=torch.float64) * factor.added).sum())
+        error = max(0.0, carried - of_damping)
+        return cls(error / energy if energy > 0 else 0.0, factor.damping, factor.num_dead_columns)
+
+    @classmethod
+    def uncompensated(cls, change: Tensor, energy: float, hessian: Tensor) -> Outcome:
+        """Where no factor could be made, so that nothing made up for W − Ŵ (``change``, rows × K)."""
+        return cls(energy_of(change, hessian) / energy if energy > 0 else 0.0, None, 0)
+
+    def to_metrics(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "relative_error": self.relative_error,
+            "damping": self.damping,
+            "num_dead_columns": self.num_dead_columns,
+        }
+
+
+def energy_of(weight: Tensor, hessian: Tensor) -> float:
+    """‖WX‖² (weight: rows × K), from H = XᵀX."""
+    return float(torch.sum((weight @ hessian) * weight))
 
 
 class NotPositiveDefiniteError(ArithmeticError):
@@ -74,15 +113,15 @@ def inverse_factor(hessian: Tensor, *, act_order: bool, damping: float) -> Inver
     # That is one factorization and one triangular inverse, where inverting H first would be three times the work.
     backwards = order.flip(0)
     reversed_hessian = hessian[backwards][:, backwards]
-    reversed_dead = dead[backwards]
     fraction = damping
     while fraction <= 1.0:
         damped = reversed_hessian.clone()
-        damped.diagonal().add_(mean * fraction + reversed_dead * mean)
+        added = mean * fraction + dead * mean
+        damped.diagonal().add_(added[backwards])
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
             identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)
             inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return InverseFactor(order, inverse.flip(0, 1).contiguous(), fraction, int(dead.sum()))
+            return InverseFactor(order, inverse.flip(0, 1).contiguous(), fraction, added, int(dead.sum()))
         fraction *= 10.0
     raise NotPositiveDefiniteError("the Hessian is not positive definite at any damping up to 1")

@@ -22,6 +22,22 @@ def magnitude_mask(weight: Tensor, sparsity: float, pattern: tuple[int, int] | N
     return mask.view_as(weight)
 
 
+def wanda_mask(weight: Tensor, input_norms: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
+    """True where |weight| (rows × columns) times its input's norm (columns) is among the smallest of its row.
+
+    Unstructured: ``round(sparsity · weights)`` in all, the same number in each row give or take one. With ``pattern``
+    (N, M): all but the N largest of every M consecutive columns. Wanda (Sun et al. 2023, arXiv:2306.11695).
+    """
+    score = weight.abs() * input_norms
+    if pattern is not None:
+        return smallest_of_each_group(score, *pattern)
+    rows, columns = weight.shape
+    # Counts that add up to the whole matrix's, whatever the rounding of a single row.
+    edges = torch.tensor([round(sparsity * columns * row) for row in range(rows + 1)], device=weight.device)
+    rank = torch.argsort(torch.argsort(score, dim=1, stable=True), dim=1)
+    return rank < edges.diff().unsqueeze(1)
+
+
 def smallest_of_each_group(score: Tensor, n: int, m: int) -> Tensor:
     """True for all but the ``n`` highest scores of every ``m`` consecutive columns (score: rows × columns)."""
     rows, columns = score.shape

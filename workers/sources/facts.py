@@ -17,7 +17,6 @@ SourceFormat = Literal["safetensors", "gguf"]
 _BOOKKEEPING = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
 _PACKED = ".weight_packed"
 _MAX_DIMENSION = 2**24
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 @dataclass(frozen=True)
@@ -82,20 +81,22 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     row = _row(config)
     if row is None:
         return
-    for key in _SIZES:
+    sizes = ("hidden_size", row.intermediate_size, "num_hidden_layers", "num_attention_heads", "vocab_size")
+    for key in (*sizes, row.embedding_size):
         value = config.get(key)
         if type(value) is not int or not 1 <= value <= _MAX_DIMENSION:
             raise _invalid(f"{key} in config.json is not a positive number of a sensible size")
     embedding = tensors.get(f"{row.embedding}.weight")
     if embedding is None:
         raise _missing(f"{row.embedding}.weight")
-    if embedding.shape != (config["vocab_size"], config["hidden_size"]):
+    if embedding.shape != (config["vocab_size"], config[row.embedding_size]):
         raise _invalid(
-            f"vocab_size and hidden_size in config.json do not fit {row.embedding}.weight of shape {embedding.shape}"
+            f"vocab_size and {row.embedding_size} in config.json do not fit {row.embedding}.weight "
+            f"of shape {embedding.shape}"
         )
     _check_blocks(row, config["num_hidden_layers"], tensors)
-    tied = config.get("tie_word_embeddings", False)
-    if not tied and f"{row.head}.weight" not in tensors and f"{row.head}{_PACKED}" not in tensors:
+    heads = {f"{head}{suffix}" for head in (row.head, row.earlier_head) for suffix in (".weight", _PACKED)}
+    if not row.is_tied(config) and not heads & set(tensors):
         raise _missing(f"{row.head}.weight")
 
 

@@ -10,6 +10,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
+from workers.supervisor.journals import keep_journal, take_journal
+
 logger = logging.getLogger(__name__)
 
 
@@ -21,27 +23,30 @@ class WorkFolder:
 
     def __init__(self, work_dir: Path, job_id: str, fence: int) -> None:
         self.path = work_dir / f"{job_id}.{fence}"
+        self._job_id = job_id
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Lock and make it."""
+        """Lock and make it, with the journal of earlier attempts."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(_lock_path(self.path))
         shutil.rmtree(self.path, ignore_errors=True)
         for name in ("logs", "source"):
             (self.path / name).mkdir(parents=True)
+        remove_orphans(self.path.parent, self._job_id)
+        take_journal(self.path.parent, self._job_id, self.path)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Remove it."""
+        """Remove it; its journal stays for the next attempt."""
         assert self._lock is not None
         _remove(self.path)
         self._lock.close()
 
 
-def remove_orphans(work_dir: Path) -> None:
-    """Remove the folders of workers that are gone."""
-    for lock_path in work_dir.glob("*.lock"):
+def remove_orphans(work_dir: Path, job_id: str = "*") -> None:
+    """Remove the folders that workers who are gone left, of one job or of all; their journals are kept."""
+    for lock_path in work_dir.glob(f"{job_id}.*.lock"):
         with suppress(FileNotFoundError), lock_path.open("rb+") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -67,7 +72,8 @@ def _lock_path(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder and then its lock. What cannot be removed now is an orphan for the next start."""
+    """Remove a folder, but for its journal, and its lock. What cannot be removed is an orphan for the next start."""
+    keep_journal(folder)
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:

@@ -8,11 +8,12 @@ import threading
 from pathlib import Path
 
 from app.attempts.service import Claim, Outcome
-from app.database import Database
+from app.database import OUTAGES, Database
 from app.settings import Settings
 from app.storage import Storage
 from workers.supervisor.attempt import Attempt
 from workers.supervisor.folders import remove_orphans
+from workers.supervisor.journals import forget_journals
 from workers.supervisor.lease import DatabaseStillDownError
 from workers.supervisor.processes import JobProcess, Spare, Spawner, scrubbed_environment
 
@@ -34,6 +35,7 @@ class Supervisor:
     def start(self) -> None:
         """Remove what dead workers left, and warm up."""
         remove_orphans(self._settings.work_dir)
+        self._forget_journals()
         self.prepare()
 
     def run(self, claim: Claim) -> Outcome | None:
@@ -49,6 +51,7 @@ class Supervisor:
             logger.exception("the end of the attempt could not be recorded", extra=names)
             return None
         logger.info("attempt %d ended: %s", claim.attempt, outcome, extra=names)
+        self._forget_journals()
         if not self.stopping.is_set():
             self.prepare()
         return outcome
@@ -75,6 +78,12 @@ class Supervisor:
             self._spare.prepare()
         except OSError:
             logger.exception("cannot start a spare process")
+
+    def _forget_journals(self) -> None:
+        try:
+            forget_journals(self._settings.work_dir, self._database)
+        except OUTAGES:
+            logger.warning("cannot reach the database: journals of ended jobs stay until the next attempt")
 
     def _start(self, *, network: bool, log: Path | None, preload: bool = False) -> JobProcess:
         environment = scrubbed_environment(os.environ, network=network)

@@ -8,11 +8,13 @@ from pydantic import Field
 
 from workers.techniques.gptq import GPTQ
 from workers.techniques.magnitude import Magnitude
-from workers.techniques.options import QuantizationOptions, StageOptions
+from workers.techniques.options import PruningOptions, QuantizationOptions, StageOptions
 from workers.techniques.round_to_nearest import RoundToNearest
+from workers.techniques.sparsegpt import SparseGPT
+from workers.techniques.wanda import Wanda
 
 Stage = Annotated[
-    RoundToNearest | GPTQ | Magnitude,
+    RoundToNearest | GPTQ | Magnitude | Wanda | SparseGPT,
     Field(discriminator="technique"),
 ]
 
@@ -20,4 +22,15 @@ TECHNIQUES: dict[str, type[StageOptions]] = {
     technique.model_fields["technique"].default: technique for technique in get_args(get_args(Stage)[0])
 }
 
-__all__ = ["GPTQ", "TECHNIQUES", "Magnitude", "QuantizationOptions", "RoundToNearest", "Stage", "StageOptions"]
+__all__ = [
+    "GPTQ",
+    "TECHNIQUES",
+    "Magnitude",
+    "PruningOptions",
+    "QuantizationOptions",
+    "RoundToNearest",
+    "SparseGPT",
+    "Stage",
+    "StageOptions",
+    "Wanda",
+]

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from workers.solvers.pruning import magnitude_mask
+from workers.solvers.pruning import magnitude_mask, wanda_mask
 
 
 @settings(max_examples=30, deadline=None)
@@ -35,6 +35,27 @@ def test_every_group_of_m_keeps_exactly_its_n_largest(seed: int, pattern: tuple[
     expected = groups.topk(n, dim=-1).values.sum(dim=-1)
     torch.testing.assert_close((groups * kept).sum(dim=-1), expected)
     assert not bool(mask[:, whole:].any())
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 1000), sparsity=st.floats(0.01, 0.99), rows=st.integers(1, 9), columns=st.integers(2, 40))
+def test_wanda_takes_the_least_important_of_every_row(seed: int, sparsity: float, rows: int, columns: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight, norms = torch.randn(rows, columns, generator=generator), torch.rand(columns, generator=generator)
+    mask = wanda_mask(weight, norms, sparsity, None)
+    assert int(mask.sum()) == round(sparsity * weight.numel())
+    score = weight.abs() * norms
+    for row in range(rows):
+        assert abs(int(mask[row].sum()) - sparsity * columns) < 1.01
+        if mask[row].any() and not mask[row].all():
+            assert float(score[row][mask[row]].max()) <= float(score[row][~mask[row]].min())
+
+
+def test_wanda_weighs_by_the_input() -> None:
+    weight = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    norms = torch.tensor([10.0, 10.0, 0.1, 0.0])
+    assert wanda_mask(weight, norms, 0.5, None).tolist() == [[False, False, True, True]]
+    assert wanda_mask(weight, norms, 0.5, (2, 4)).tolist() == [[False, False, True, True]]
 
 
 def test_equal_weights_are_pruned_in_a_fixed_order() -> None:

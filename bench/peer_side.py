@@ -1,12 +1,14 @@
-"""llm-compressor's GPTQ on a folder: run by speed.py with the Python of an environment of its own."""
+"""One technique of llm-compressor on a folder: run by speed.py with the Python of an environment of its own."""
 
 import argparse
+import json
 import time
 
 import torch
 from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
+from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -14,7 +16,7 @@ arguments = argparse.ArgumentParser(description=__doc__)
 arguments.add_argument("model")
 arguments.add_argument("samples", help="safetensors file with input_ids, samples × tokens")
 arguments.add_argument("output")
-arguments.add_argument("--group-size", type=int, required=True)
+arguments.add_argument("--stage", type=json.loads, required=True, help="JSON, as in a recipe of Attar")
 arguments.add_argument("--observer", default="minmax")
 arguments.add_argument("--num-threads", type=int, required=True)
 options = arguments.parse_args()
@@ -23,19 +25,29 @@ torch.set_num_threads(options.num_threads)
 begin = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 samples = load_file(options.samples)["input_ids"]
-weights = {
-    "num_bits": 4,
-    "type": "int",
-    "symmetric": True,
-    "strategy": "group",
-    "group_size": options.group_size,
-    "observer": options.observer,
-}
+stage = options.stage
+if stage["technique"] == "gptq":
+    weights = {
+        "num_bits": 4,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group",
+        "group_size": stage["group_size"],
+        "observer": options.observer,
+    }
+    scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    recipe = GPTQModifier(ignore=["lm_head"], config_groups=scheme)
+else:
+    modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[stage["technique"]]
+    structure = stage.get("mask_structure", "0:0")
+    recipe = modifier(
+        ignore=["re:.*lm_head"], targets=["Linear"], sparsity=stage.get("sparsity", 0.5), mask_structure=structure
+    )
 oneshot(
     model=model,
     tokenizer=AutoTokenizer.from_pretrained(options.model),
     dataset=Dataset.from_dict({"input_ids": samples.tolist(), "attention_mask": torch.ones_like(samples).tolist()}),
-    recipe=GPTQModifier(ignore=["lm_head"], config_groups={"group_0": {"targets": ["Linear"], "weights": weights}}),
+    recipe=recipe,
     max_seq_length=samples.shape[1],
     num_calibration_samples=samples.shape[0],
     output_dir=options.output,

@@ -21,7 +21,7 @@ def main() -> None:
     arguments.add_argument("output", type=Path)
     arguments.add_argument("--num-samples", type=int, required=True)
     arguments.add_argument("--max-seq-length", type=int, required=True)
-    arguments.add_argument("--group-size", type=int, required=True)
+    arguments.add_argument("--stage", type=json.loads, required=True, help="JSON, as in a recipe")
     arguments.add_argument("--num-threads", type=int, required=True)
     options = arguments.parse_args()
     torch.set_num_threads(options.num_threads)
@@ -30,7 +30,7 @@ def main() -> None:
         "model": {"id": f"file:{options.model.name}", "revision": None},
         "model_roots": [str(options.model.parent)],
         "recipe": {
-            "stages": [{"technique": "gptq", "scheme": "W4A16", "group_size": options.group_size}],
+            "stages": [options.stage],
             "calibration": {
                 "dataset": {"texts": [options.text.read_text(encoding="utf-8")]},
                 "num_samples": options.num_samples,

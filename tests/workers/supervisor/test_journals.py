@@ -1,0 +1,83 @@
+"""What an attempt finished is there for the next one, and for nobody else."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+from app.attempts import service as attempts
+from app.database import Database
+from app.settings import Settings
+from app.storage import Storage
+from tests.jobs import read_job, wait_until
+from tests.workers.supervisor.running import Running, claim, claimed, new_supervisor
+from workers.supervisor import Supervisor
+
+pytestmark = pytest.mark.service
+
+
+def journals(settings: Settings) -> dict[str, int]:
+    """Journals that wait, with their numbers of blocks."""
+    return {path.name: len(list(path.iterdir())) for path in (settings.work_dir / "journals").glob("*")}
+
+
+def wait_for_block(settings: Settings) -> None:
+    wait_until(lambda: list(settings.work_dir.glob("job_*/journal/block-*.json")))
+
+
+def test_a_killed_process_loses_no_finished_block(supervisor: Supervisor, quick: Settings, database: Database) -> None:
+    job = claimed(database, quick, "journal")
+    for num_blocks in (1, 2):
+        assert supervisor.run(job) == "retried"
+        assert journals(quick) == {job.job_id: num_blocks}
+        wait_until(partial(_is_due, database, job.job_id))
+        job = claim(database, quick)
+    assert supervisor.run(job) == "succeeded"
+    assert journals(quick) == {}
+
+
+def _is_due(database: Database, job_id: str) -> bool:
+    with database.transaction() as session:
+        return bool(attempts.count_claimable(session)) and read_job(database, job_id).status == "queued"
+
+
+def test_a_worker_that_stops_leaves_its_journal_to_the_next(
+    supervisor: Supervisor, quick: Settings, database: Database, storage: Storage
+) -> None:
+    running = Running(supervisor, claimed(database, quick, "journal-hang"))
+    wait_for_block(quick)
+    supervisor.stop()
+    assert running.end() == "released"
+    another = new_supervisor(quick, database, storage)
+    job = claim(database, quick)
+    running = Running(another, job)
+    wait_until(lambda: list(quick.work_dir.glob("job_*/journal/block-00001.json")))
+    with database.transaction() as session:
+        attempts.request_cancel(session, job.tenant_id, job.job_id)
+    assert running.end() == "cancelled"
+    another.close()
+    assert journals(quick) == {}
+
+
+def test_the_journal_of_a_dead_worker_is_taken_up(supervisor: Supervisor, quick: Settings, database: Database) -> None:
+    job = claimed(database, quick, "journal")
+    dead = quick.work_dir / f"{job.job_id}.0"
+    (dead / "journal").mkdir(parents=True)
+    for number in range(2):
+        (dead / "journal" / f"block-{number:05d}.json").write_text("{}")
+    Path(f"{dead}.lock").touch()
+    assert supervisor.run(job) == "succeeded"
+    assert not dead.exists()
+
+
+def test_journals_of_jobs_that_ended_elsewhere_are_removed(
+    supervisor: Supervisor, quick: Settings, database: Database
+) -> None:
+    running = Running(supervisor, claimed(database, quick, "journal-hang"))
+    wait_for_block(quick)
+    (quick.work_dir / "journals" / "job_of_nobody").mkdir(parents=True)
+    supervisor.stop()
+    assert running.end() == "released"
+    assert len(journals(quick)) == 1

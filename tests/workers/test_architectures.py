@@ -1,0 +1,66 @@
+"""Every technique on every architecture: certification compares the reopened artifact's logits with the engine's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.models import write_tiny_model
+from tests.workers.attempts import certified
+from workers.architectures import ARCHITECTURES
+
+KV = {"num_key_value_heads": 2, "intermediate_size": 128}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": KV,
+    "mistral": {**KV, "sliding_window": 16},
+    "qwen2": KV,
+    "qwen3": {**KV, "head_dim": 32},
+    "gemma3_text": {**KV, "head_dim": 16, "sliding_window": 16},
+    "phi3": KV,
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+    "gpt_neox": {"intermediate_size": 128},
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: (name, config) for name, config in CONFIGS.items()},
+    "llama-untied": ("llama", {**KV, "tie_word_embeddings": False}),
+    "llama-bias": ("llama", {**KV, "attention_bias": True, "mlp_bias": True}),
+    "opt-350m": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "gpt_neox-serial": ("gpt_neox", {"intermediate_size": 128, "use_parallel_residual": False}),
+}
+SPARSE_INT4: list[dict[str, Any]] = [
+    {"technique": "sparsegpt", "sparsity": 0.3},
+    {"technique": "gptq", "scheme": "W4A16", "group_size": 32},
+]
+EACH: list[dict[str, Any]] = [
+    {"technique": "round_to_nearest", "scheme": "W8A16", "group_size": None},
+    {"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 32, "symmetric": False},
+    {"technique": "gptq", "scheme": "W4A16", "group_size": 32},
+    {"technique": "magnitude", "sparsity": 0.5},
+    {"technique": "wanda", "mask_structure": "2:4"},
+    {"technique": "sparsegpt", "sparsity": 0.5},
+]
+
+
+def test_every_architecture_is_tried() -> None:
+    assert set(CONFIGS) == set(ARCHITECTURES)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        SPARSE_INT4,
+        *(pytest.param([stage], marks=pytest.mark.long, id=" ".join(map(str, stage.values()))) for stage in EACH),
+    ],
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_result_gives_the_logits_that_were_computed(
+    variant: str, stages: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    model_type, config = VARIANTS[variant]
+    write_tiny_model(tmp_path / "model", model_type, **config)
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": stages})
+    layers = attempt.report["stages"][0]["layers"]
+    assert len(layers) == 2 * len(ARCHITECTURES[model_type].linear_layers)
+    assert attempt.report["quality"]["perplexity"] > 1

@@ -1,0 +1,181 @@
+"""What of a job's compression is finished, kept so that a killed job goes on from its last block.
+
+One folder: the parts of the finished blocks, an entry for each that says what the report needs of it, and the hidden
+states between the last finished block and the next one. An entry is written last and renamed into place, so what it
+speaks of is complete. Hidden states are only a cache: where they are missing or damaged, the finished blocks are run
+again on the calibration text.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from torch import Tensor
+
+from workers.formats.parts import Parts, flush, write_json
+
+_IDENTITY = "identity.json"
+_READ_BYTES = 1 << 24
+
+
+@dataclass(frozen=True)
+class Discarded:
+    """Why earlier work, or a part of it, was not used."""
+
+    code: str
+    message: str
+
+
+class Journal:
+    """The finished blocks of one job."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        """Open ``folder`` and keep what is complete there, if it is of the same ``identity`` (a JSON object)."""
+        self.folder = folder
+        self.discarded: Discarded | None = None
+        self.entries: list[dict[str, Any]] = []
+        self._activations_of: dict[str, Any] = {}
+        if (folder / _IDENTITY).exists():
+            self._take_up(identity)
+        if not self.entries:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parts = Parts(folder / "parts")
+        (folder / "activations").mkdir(exist_ok=True)
+        if not (folder / _IDENTITY).exists():
+            self._write(folder / _IDENTITY, identity)
+
+    @property
+    def num_blocks(self) -> int:
+        """How many blocks are finished."""
+        return len(self.entries)
+
+    def finish_block(self, index: int, entry: Mapping[str, Any], shapes: Sequence[torch.Size]) -> None:
+        """Say that block ``index`` is done: its part is written, and :meth:`keep` has what the next block reads.
+
+        ``entry`` is what the report needs of the block; ``shapes`` are those of the hidden states, a pass each.
+        """
+        described = [
+            {"shape": list(shape), "xxh3": _digest(self._activation_path(index + 1, number))}
+            for number, shape in enumerate(shapes)
+        ]
+        part = part_name(index)
+        self._write(
+            self.folder / f"{part}.json",
+            {"entry": entry, "part_xxh3": _digest(self.parts.path(part)), "activations": described},
+        )
+
+    def keep(self, index: int, number: int, hidden: Tensor) -> None:
+        """Put ``hidden`` (float32), which pass ``number`` brings to block ``index``, into a file.
+
+        On the CPU the file, mapped into memory, becomes the tensor's storage: whoever holds the tensor needs to know
+        nothing, and the memory is given back. Two files take turns: that of the block before stays whole until this
+        block's entry is written.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        path = self._activation_path(index, number)
+        with path.open("ab") as file:
+            # Written through a mapping, a full disk would kill the process.
+            os.posix_fallocate(file.fileno(), 0, max(1, hidden.numel() * 4))
+        mapped = _mapped(path, hidden.shape)
+        mapped.copy_(hidden)
+        if hidden.device == mapped.device:
+            _put(mapped, hidden)
+
+    def restore(self, number: int, hidden: Tensor) -> None:
+        """Give ``hidden`` the values that pass ``number`` brought to the first block that is not finished."""
+        mapped = _mapped(self._activation_path(self.num_blocks, number), hidden.shape)
+        if hidden.device == mapped.device:
+            _put(mapped, hidden)
+        else:
+            hidden.copy_(mapped)
+
+    def has_activations(self, shapes: Sequence[Sequence[int]]) -> bool:
+        """Whether the hidden states before the first unfinished block are there, of these shapes and undamaged."""
+        described = self._activations_of.get("activations", [])
+        if [list(shape) for shape in shapes] != [each["shape"] for each in described]:
+            return False
+        try:
+            return all(
+                _digest(self._activation_path(self.num_blocks, number)) == each["xxh3"]
+                for number, each in enumerate(described)
+            )
+        except OSError:
+            return False
+
+    def _activation_path(self, index: int, number: int) -> Path:
+        return self.folder / "activations" / f"{index % 2}-{number:05d}.float32"
+
+    def _take_up(self, identity: Mapping[str, Any]) -> None:
+        try:
+            before = json.loads((self.folder / _IDENTITY).read_bytes())
+        except (OSError, ValueError):
+            before = None
+        if before != json.loads(json.dumps(identity)):
+            self.discarded = Discarded(
+                "journal_refused",
+                "Earlier work on this job was of another recipe, model, text or version: it begins again.",
+            )
+            return
+        parts = Parts(self.folder / "parts")
+        while True:
+            part = part_name(self.num_blocks)
+            path = self.folder / f"{part}.json"
+            if not path.exists():
+                return
+            try:
+                written = json.loads(path.read_bytes())
+                if _digest(parts.path(part)) != written["part_xxh3"]:
+                    raise ValueError("the part's bytes are not those that the entry names")
+                self.entries.append(dict(written["entry"]))
+            except (OSError, ValueError, KeyError, TypeError):
+                self.discarded = Discarded(
+                    "journal_damaged",
+                    f"Earlier work on this job is damaged and is done again from block {self.num_blocks} on.",
+                )
+                self._forget_from(self.num_blocks)
+                return
+            self._activations_of = written
+
+    def _forget_from(self, index: int) -> None:
+        for path in self.folder.glob("block-*.json"):
+            if int(path.stem.removeprefix("block-")) >= index:
+                path.unlink()
+
+    def _write(self, path: Path, content: Mapping[str, Any]) -> None:
+        temporary = path.with_name(f".{path.name}.tmp")
+        write_json(temporary, content)
+        temporary.rename(path)
+        flush(path.parent)
+
+
+def part_name(index: int) -> str:
+    """Of the part that holds a block's tensors."""
+    return f"block-{index:05d}"
+
+
+def _put(storage_of: Tensor, tensor: Tensor) -> None:
+    """Give ``tensor`` the storage of another one of its shape."""
+    tensor.set_(storage_of.untyped_storage(), 0, storage_of.shape, storage_of.stride())
+
+
+def _mapped(path: Path, shape: torch.Size) -> Tensor:
+    return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
+
+
+def _digest(path: Path) -> str:
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while piece := file.read(_READ_BYTES):
+            digest.update(piece)
+    return str(digest.hexdigest())

@@ -1,0 +1,102 @@
+"""SparseGPT on one weight (Frantar and Alistarh 2023, arXiv:2301.00774, algorithm 1)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from workers.solvers import compiled
+from workers.solvers.hessian import InverseFactor, Outcome, energy_of
+from workers.solvers.pruning import smallest_of_each_group, wanda_mask
+
+BLOCK_COLUMNS = 128
+
+
+def sparsegpt(
+    weight: Tensor,
+    hessian: Tensor,
+    factor: InverseFactor | None,
+    sparsity: float,
+    pattern: tuple[int, int] | None,
+    *,
+    zeros: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Outcome]:
+    """Prune ``weight`` (float32, rows × K) so that its product with the calibration inputs changes least.
+
+    ``hessian`` is K × K and symmetric; ``factor`` what :func:`workers.solvers.hessian.inverse_factor` made of it in the
+    order of the columns, or None to choose as Wanda does and compensate nothing. ``zeros`` are weights that an earlier
+    stage pruned: they count towards ``sparsity`` and stay zero.
+
+    Returns the new weight, the mask of its zeros, and the outcome. Exactly ``round(sparsity · weights)`` become zero
+    (more where ``zeros`` has more); with ``pattern`` (N, M), all but N of every M consecutive columns.
+    """
+    energy = energy_of(weight, hessian)
+    if factor is None:
+        mask = wanda_mask(weight, hessian.diagonal().sqrt(), sparsity, pattern)
+        if zeros is not None:
+            mask = mask | zeros
+        pruned = torch.where(mask, 0.0, weight)
+        return pruned, mask, Outcome.uncompensated(weight - pruned, energy, hessian)
+    prune = compiled.prune_columns if weight.device.type == "cpu" else _prune_columns
+    # What is pruned of a column whose input is always zero costs nothing.
+    importance = torch.where(hessian.diagonal() == 0, 0.0, factor.factor.diagonal().square().reciprocal())
+    rows, columns = weight.shape
+    solved = weight.clone(memory_format=torch.contiguous_format)
+    mask = torch.zeros_like(solved, dtype=torch.bool) if zeros is None else zeros.contiguous().clone()
+    block = BLOCK_COLUMNS
+    if pattern is not None:
+        block = pattern[1] * max(1, BLOCK_COLUMNS // pattern[1])  # no group of M lies in two blocks
+    squared_error, num_before = 0.0, 0
+    for first in range(0, columns, block):
+        last = min(first + block, columns)
+        if pattern is None:
+            # A block is chosen when the errors of the earlier ones have reached it.
+            num_to_here = round(sparsity * rows * last)
+            part = slice(first, last)
+            mask[:, part] |= _cheapest(solved[:, part], importance[part], mask[:, part], num_to_here - num_before)
+            num_before = num_to_here
+        errors, squared = prune(solved, factor.factor, importance, mask, pattern, first, last)
+        squared_error += squared
+        if last < columns:
+            solved[:, last:].addmm_(errors, factor.factor[first:last, last:], alpha=-1.0)
+    return solved, mask, Outcome.solved(weight - solved, squared_error, energy, factor)
+
+
+def _cheapest(weight: Tensor, importance: Tensor, pruned: Tensor, count: int) -> Tensor:
+    """The ``count`` weights (rows × columns) whose loss costs least; those already ``pruned`` first."""
+    score = weight.square() * importance
+    score[pruned] = -1.0
+    flat = score.flatten()
+    mask = torch.zeros_like(flat, dtype=torch.bool)
+    if count > 0:
+        threshold = torch.kthvalue(flat, count).values
+        mask = flat < threshold
+        # Equal scores are taken in order, so that the same places are pruned on every machine.
+        equal = torch.nonzero(flat == threshold).flatten()
+        mask[equal[: count - int(mask.sum())]] = True
+    return mask.view_as(weight)
+
+
+def _prune_columns(
+    weight: Tensor,
+    factor: Tensor,
+    importance: Tensor,
+    mask: Tensor,
+    pattern: tuple[int, int] | None,
+    first: int,
+    last: int,
+) -> tuple[Tensor, float]:
+    """The same as :func:`workers.solvers.compiled.prune_columns`, for devices other than the CPU."""
+    columns, diagonal = weight.shape[1], factor.diagonal()
+    errors = torch.empty((weight.shape[0], last - first), dtype=torch.float32, device=weight.device)
+    for column in range(first, last):
+        if pattern is not None and column % pattern[1] == 0 and column + pattern[1] <= columns:
+            group = slice(column, column + pattern[1])
+            score = weight[:, group].square() * importance[group]
+            score[mask[:, group]] = -1.0
+            mask[:, group] |= smallest_of_each_group(score, *pattern)
+        error = torch.where(mask[:, column], weight[:, column] / diagonal[column], 0.0)
+        errors[:, column - first] = error
+        weight[:, column].masked_fill_(mask[:, column], 0.0)
+        weight[:, column + 1 : last].addr_(error, factor[column, column + 1 : last], alpha=-1.0)
+    return errors, float(errors.square().sum(dtype=torch.float64))

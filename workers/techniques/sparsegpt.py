@@ -1,0 +1,46 @@
+"""SparseGPT: prune column by column, and let the columns not yet done make up for it (Frantar and Alistarh 2023)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+
+from workers.techniques.options import PruningOptions, Statistic
+
+if TYPE_CHECKING:
+    from workers.engine.layer import Layer
+
+
+class SparseGPT(PruningOptions):
+    """Second-order pruning with calibration text; arXiv:2301.00774."""
+
+    summary: ClassVar[str] = (
+        "Set weights to zero column by column, compensating each in the rest by the Hessian of the calibration."
+    )
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+
+    technique: Literal["sparsegpt"] = "sparsegpt"
+    damping: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Added to the Hessian's diagonal, as a fraction of its mean; grown until the Cholesky "
+            "factorization succeeds.",
+        ),
+    ] = 0.01
+
+    def compress(self, layer: Layer) -> dict[str, Any]:
+        """Prune ``layer`` with the Hessian of its input."""
+        from workers.solvers.sparsegpt import sparsegpt
+
+        assert self.sparsity is not None
+        statistics = layer.statistics
+        factor = statistics.inverse_factor(act_order=False, damping=self.damping)
+        if factor is None:
+            layer.fall_back("hessian_not_positive_definite", "pruned as Wanda does: no damping made the Hessian usable")
+        weight, mask, outcome = sparsegpt(
+            layer.weight, statistics.hessian, factor, self.sparsity, self.pattern, zeros=layer.zeros
+        )
+        return {"num_pruned": layer.replace_pruned(weight, mask), **outcome.to_metrics()}
