@@ -5,6 +5,7 @@ AttarError
 ├── UnreachableError   nothing, or nothing that can be understood, answers at the address
 ├── NoArtifactError    the job has no artifact to download (app.downloads)
 ├── UnwritableError    a download cannot be written where it shall be (app.downloads)
+├── OtherArtifactError the folder of a download holds another job's artifact (app.downloads)
 └── DamagedError       a downloaded file is not what its manifest says (app.downloads)
 """
 
@@ -69,6 +70,15 @@ class UnwritableError(AttarError):
             if error.errno in {errno.ENOSPC, errno.EDQUOT}
             else "choose another folder"
         )
+
+
+class OtherArtifactError(AttarError):
+    """The folder holds another artifact."""
+
+    hint = "choose another folder, or empty this one"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(f"{folder} holds another artifact, whose files would stay beside this one's")
 
 
 class DamagedError(AttarError):
@@ -165,13 +175,15 @@ class Client:
         poll_seconds: float = 1.0,
         patience_seconds: float = 120.0,
         between: Callable[[], None] | None = None,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> Iterator[dict[str, Any]]:
         """The job, again and again until it has ended; the last one has.
 
-        A service that does not answer, or restarts, is waited for ``patience_seconds``. ``between`` is called after
-        each wait, and may raise.
+        A service that did answer, and then does not or restarts, is waited for ``patience_seconds``; ``on_lost`` is
+        called when the wait begins. ``between`` is called after each wait, and may raise.
         """
         lost_since: float | None = None
+        answered = False
         while True:
             try:
                 job = self.job(job_id)
@@ -179,11 +191,14 @@ class Client:
                 if isinstance(error, RefusedError) and error.status < HTTPStatus.INTERNAL_SERVER_ERROR:
                     raise
                 now = time.monotonic()
-                lost_since = lost_since or now
-                if now - lost_since > patience_seconds:
+                if lost_since is None:
+                    lost_since = now
+                    if answered:
+                        on_lost()
+                if not answered or now - lost_since > patience_seconds:
                     raise
             else:
-                lost_since = None
+                lost_since, answered = None, True
                 yield job
                 if job["status"] in ENDED:
                     return

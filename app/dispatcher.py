@@ -9,6 +9,8 @@ import logging
 import threading
 import time
 
+from sqlalchemy.exc import ProgrammingError
+
 from app import queue
 from app.attempts import service as attempts
 from app.database import OUTAGES, Database
@@ -47,6 +49,8 @@ class Dispatcher:
             except OUTAGES as error:
                 self._grant_a_lease("a database outage")
                 logger.warning("cannot reach the database: %s", str(error).partition("\n")[0])
+            except ProgrammingError as error:
+                logger.warning("is the database migrated? run `attar migrate`: %s", str(error).partition("\n")[0])
             except Exception:
                 logger.exception("dispatching failed; going on")
             stop.wait(self._settings.dispatch_seconds)

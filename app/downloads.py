@@ -11,7 +11,7 @@ from http import HTTPStatus
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from app.client import Client, DamagedError, NoArtifactError, UnreachableError, UnwritableError
+from app.client import Client, DamagedError, NoArtifactError, OtherArtifactError, UnreachableError, UnwritableError
 
 _CHUNK_BYTES = 1024 * 1024
 _NUM_TRIES = 5
@@ -37,12 +37,17 @@ def download_artifact(
 
     Raises:
         NoArtifactError: the job has none.
+        OtherArtifactError: ``folder`` has a manifest already, and it is not this artifact's.
         UnwritableError: a file cannot be written below ``folder``.
         DamagedError: a file's bytes are not those that the manifest names.
     """
     files = client.artifacts(job_id)
     if not files:
         raise NoArtifactError(client.job(job_id))
+    manifest = folder / "manifest.json"
+    known = {file["sha256"] for file in files if file["path"] == "manifest.json"}
+    if manifest.is_file() and _sha256(manifest) not in known:
+        raise OtherArtifactError(folder)
     on_total(sum(file["size_bytes"] for file in files))
     try:
         for file in files:

@@ -7,8 +7,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+
+class SettingInvalidError(ValueError):
+    """A setting has a value that cannot be."""
 
 
 class SettingMissingError(RuntimeError):
@@ -65,6 +69,20 @@ class Settings(BaseSettings):
     def _absolute_roots(cls, value: list[Path]) -> list[Path]:
         return [root.expanduser().absolute() for root in value]
 
+    @field_validator("database_url")
+    @classmethod
+    def _postgresql(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("postgresql://", "postgres://", "postgresql+psycopg://")):
+            raise ValueError("must begin with postgresql://")
+        return value
+
+    @field_validator("redis_url")
+    @classmethod
+    def _redis(cls, value: str | None) -> str | None:
+        if value is not None and not value.startswith(("redis://", "rediss://")):
+            raise ValueError("must begin with redis:// or rediss://")
+        return value
+
     @field_validator("log_level", mode="before")
     @classmethod
     def _upper(cls, value: object) -> object:
@@ -94,5 +112,10 @@ def _required(value: str | None, name: str) -> str:
 
 @lru_cache(maxsize=1)
 def get_settings() -> Settings:
-    """The settings of this process, read once."""
-    return Settings()
+    """The settings of this process, read once; raises SettingInvalidError, which names the variable."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(["ATTAR", *(str(part) for part in first["loc"][:1])]).upper()
+        raise SettingInvalidError(f"{name}: {first['msg'].removeprefix('Value error, ')}") from error

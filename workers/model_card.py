@@ -32,7 +32,7 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
 # {report["model"]["id"]}, compressed by Attar
 
 Made with {techniques} from `{report["model"]["id"]}` at revision `{report["model"]["revision"]}`
-(job `{report["job_id"]}`): {size["compression_ratio"]:.2f} times smaller.
+(job `{report["job_id"]}`): {_change(size)}.
 
 ```python
 {report["load_snippet"]}```
@@ -53,6 +53,17 @@ Layers that got something else than what was asked for: {fallbacks}; `report.jso
 {json.dumps(recipe, indent=2, ensure_ascii=False)}
 ```
 """
+
+
+def _change(size: dict[str, Any]) -> str:
+    ratio = size["compression_ratio"]
+    change = f"{ratio:.2f} times smaller" if ratio >= 1.005 else "no smaller on disk; its zeros were counted"
+    if size["original_format"] == "gguf":
+        change += (
+            f" than the 16-bit parameters that the GGUF file stands for; the file itself has "
+            f"{size['original_file_bytes']:,} bytes"
+        )
+    return change
 
 
 def _with_error(quality: dict[str, Any], name: str) -> str:

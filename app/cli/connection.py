@@ -33,6 +33,8 @@ def open_client() -> Client:
 @contextmanager
 def open_database() -> Iterator[Database]:
     """The database of the settings, else the one of a running `attar serve`."""
+    from sqlalchemy.exc import ProgrammingError
+
     from app.database import Database
     from app.local import running_servers
 
@@ -51,5 +53,12 @@ def open_database() -> Iterator[Database]:
     database = Database(url, pool_size=1)
     try:
         yield database
+    except ProgrammingError as error:
+        raise Failed(
+            "the database has not Attar's tables",
+            code="not_migrated",
+            exit_code=2,
+            hint="run `attar migrate` with the same ATTAR_DATABASE_URL",
+        ) from error
     finally:
         database.dispose()

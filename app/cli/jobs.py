@@ -167,7 +167,7 @@ def _follow(client: Client, job_id: str, *, as_json: bool, every_change: bool) -
     job: dict[str, Any] = {}
     try:
         if as_json:
-            for newer in client.watch(job_id):
+            for newer in client.watch(job_id, on_lost=_tell_lost):
                 if every_change and newer != job:
                     print_json(newer, one_line=True)
                 job = newer
@@ -175,7 +175,7 @@ def _follow(client: Client, job_id: str, *, as_json: bool, every_change: bool) -
                 print_json(job)
         else:
             with JobDisplay(errors) as display:
-                for job in client.watch(job_id):
+                for job in client.watch(job_id, on_lost=_tell_lost):
                     display.show(job)
             console.print(f"{job['id']} {job['status']}", soft_wrap=True)
             _print_outcome(job)
@@ -183,6 +183,10 @@ def _follow(client: Client, job_id: str, *, as_json: bool, every_change: bool) -
         errors.print(f"the job goes on; follow it with: attar watch {job_id}", soft_wrap=True)
         raise typer.Exit(130) from None
     raise typer.Exit(0 if job["status"] == "succeeded" else 1)
+
+
+def _tell_lost() -> None:
+    errors.print("the service does not answer; trying again for two minutes", style="yellow", soft_wrap=True)
 
 
 def _print_outcome(job: Mapping[str, Any]) -> None:
@@ -198,10 +202,13 @@ def _print_outcome(job: Mapping[str, Any]) -> None:
     if result and result.get("size_bytes") is not None:
         ratio = number(result.get("compression_ratio"), 2)
         before, after = size(result.get("original_size_bytes")), size(result["size_bytes"])
-        console.print(f"{before} before, {after} after: {ratio} times smaller", soft_wrap=True)
+        change = f"{ratio} times smaller" if (result.get("compression_ratio") or 0) >= 1.005 else "no smaller on disk"
+        console.print(f"{before} before, {after} after: {change}", soft_wrap=True)
     if result and result.get("perplexity") is not None:
         before, after = number(result.get("original_perplexity"), 2), number(result["perplexity"], 2)
         console.print(f"perplexity {before} before, {after} after", soft_wrap=True)
+    if job["status"] == "failed" and result:
+        console.print(f"its artifact is kept: attar download {job['id']}", soft_wrap=True)
     if job["status"] == "succeeded":
         took = _seconds_between(job["started_at"], job["finished_at"])
         console.print(f"took {duration(took)}; fetch it with: attar download {job['id']}", soft_wrap=True)

@@ -9,7 +9,15 @@ import typer
 
 from app.cli import catalog, jobs, keys, roles, transfer
 from app.cli.output import Failed, errors
-from app.client import AttarError, NoArtifactError, RefusedError, UnreachableError, UnwritableError
+from app.client import (
+    AttarError,
+    NoArtifactError,
+    OtherArtifactError,
+    RefusedError,
+    UnreachableError,
+    UnwritableError,
+)
+from app.settings import SettingInvalidError
 
 WRONG_USE, REFUSED, UNREACHABLE = 2, 3, 4
 
@@ -35,7 +43,7 @@ def main() -> None:
     except UnreachableError as error:
         tell(str(error), hint="is `attar serve` running? ATTAR_URL names another address", code="unreachable")
         sys.exit(UNREACHABLE)
-    except UnwritableError as error:
+    except (UnwritableError, OtherArtifactError) as error:
         tell(str(error), hint=error.hint, code="cannot_write")
         sys.exit(WRONG_USE)
     except NoArtifactError as error:
@@ -44,6 +52,9 @@ def main() -> None:
     except AttarError as error:
         tell(str(error), code="damaged_download")
         sys.exit(1)
+    except SettingInvalidError as error:
+        tell(str(error), code="setting_invalid")
+        sys.exit(WRONG_USE)
     except Failed as error:
         tell(str(error), hint=error.hint, code=error.code)
         sys.exit(error.exit_code)

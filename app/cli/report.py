@@ -46,7 +46,9 @@ def _measurements(report: Mapping[str, Any]) -> Table:
 
 def _add_size(table: Table, sizes: Mapping[str, Any]) -> None:
     ratio = sizes.get("compression_ratio")
-    change = f"{number(ratio, 2)} times smaller" if ratio is not None else ""
+    change = ""
+    if ratio is not None:
+        change = f"{number(ratio, 2)} times smaller" if ratio >= 1.005 else "no smaller"
     table.add_row("bytes", size(sizes.get("original_bytes")), size(sizes.get("artifact_bytes")), change)
     # A GGUF file is smaller than the parameters that it stands for; a safetensors file differs by its header alone.
     file_bytes, format_name = sizes.get("original_file_bytes"), sizes.get("original_format")

@@ -106,7 +106,7 @@ def list_jobs(
     )
 
 
-@router.get("/{job_id}", summary="Read a job", response_model=JobView, responses=responses(404))
+@router.get("/{job_id}", summary="Read a job", response_model=JobView, responses=responses(404, 422))
 def get_job(job_id: str, credentials: BearerCredentials, parts: AppParts) -> Response:
     """The job as it is now."""
 
@@ -119,7 +119,7 @@ def get_job(job_id: str, credentials: BearerCredentials, parts: AppParts) -> Res
     return Response(view.model_dump_json(), media_type="application/json")
 
 
-@router.post("/{job_id}/cancel", summary="Cancel a job", responses=responses(404, 409))
+@router.post("/{job_id}/cancel", summary="Cancel a job", responses=responses(404, 409, 422))
 def cancel_job(job_id: str, principal: CurrentPrincipal, parts: AppParts) -> JobView:
     """A waiting job ends at once; one that runs is stopped within seconds, and is `cancelling` until then."""
     with parts.database.transaction() as session:
@@ -127,7 +127,7 @@ def cancel_job(job_id: str, principal: CurrentPrincipal, parts: AppParts) -> Job
     return view_of(shown)
 
 
-@router.get("/{job_id}/report", summary="Read a job's report", responses=responses(404))
+@router.get("/{job_id}/report", summary="Read a job's report", responses=responses(404, 422))
 def get_report(job_id: str, principal: CurrentPrincipal, parts: AppParts) -> dict[str, Any]:
     """What was measured on the original and on the artifact."""
     with parts.database.transaction() as session:

@@ -126,3 +126,10 @@ def test_an_address_that_is_none_is_unreachable() -> None:
         client.jobs()
     with pytest.raises(UnreachableError), Client("nonsense") as client:
         client.jobs()
+
+
+def test_watching_what_never_answered_ends_at_once() -> None:
+    lost: list[int] = []
+    with Client("http://127.0.0.1:1") as client, pytest.raises(UnreachableError):
+        next(client.watch("job_01M80W7713Z0HZ9NTVBGXYXV3F", on_lost=lambda: lost.append(1)))
+    assert lost == []

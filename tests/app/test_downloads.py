@@ -11,7 +11,7 @@ from typing import Any
 import httpx2
 import pytest
 
-from app.client import Client, DamagedError, UnwritableError
+from app.client import Client, DamagedError, OtherArtifactError, UnwritableError
 from app.database import Database
 from app.downloads import download_artifact
 from app.settings import Settings
@@ -69,6 +69,17 @@ def test_what_cannot_be_written_is_told(connected: CountingClient, job_id: str, 
     with pytest.raises(UnwritableError, match="cannot write to"):
         download_artifact(connected, job_id, tmp_path / output)
     assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_the_folder_of_another_artifact_is_left_alone(
+    connected: CountingClient, job_id: str, settings: Settings, database: Database, tmp_path: Path
+) -> None:
+    other = insert_finished_job(settings, database, tmp_path / "artifact", {"config.json": b"{}"})
+    download_artifact(connected, other, tmp_path / "out")
+    before = sorted(path.name for path in (tmp_path / "out").iterdir())
+    with pytest.raises(OtherArtifactError, match="holds another artifact"):
+        download_artifact(connected, job_id, tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
 def test_a_second_download_fetches_nothing(connected: CountingClient, job_id: str, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from app.settings import SettingMissingError, Settings
+from app.settings import SettingInvalidError, SettingMissingError, Settings, get_settings
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +35,21 @@ def test_a_role_that_needs_a_missing_url_says_what_to_do() -> None:
         _ = Settings().required_database_url
     with pytest.raises(SettingMissingError, match="ATTAR_REDIS_URL"):
         _ = Settings().required_redis_url
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("ATTAR_DATABASE_URL", "mysql://x"),
+        ("ATTAR_REDIS_URL", "http://x"),
+        ("ATTAR_LEASE_SECONDS", "-1"),
+        ("ATTAR_PORT", "many"),
+    ],
+)
+def test_a_setting_that_cannot_be_is_named(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    get_settings.cache_clear()
+    with pytest.raises(SettingInvalidError, match=f"^{name}: "):
+        get_settings()
+    monkeypatch.undo()
+    get_settings.cache_clear()

@@ -216,7 +216,7 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _violated(violations: list[Violation]) -> UserError:
-    told = "; ".join(f"{item.name} is {item.limit:g} and the result has {item.value}" for item in violations)
+    told = "; ".join(f"{item.name} is {item.limit:g} and the result has {item.value:.10g}" for item in violations)
     return UserError(
         "constraint_violated",
         f"The result breaks what the job asks for: {told}.",
