@@ -29,6 +29,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "opt-350m": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
     "gpt_neox-serial": ("gpt_neox", {"intermediate_size": 128, "use_parallel_residual": False}),
 }
+# The rest of the tests run on Llamas, and these go the same ways.
+LIKE_OTHERS = {"llama", "llama-untied", "llama-bias", "qwen2", "gpt_neox-serial"}
 SPARSE_INT4: list[dict[str, Any]] = [
     {"technique": "sparsegpt", "sparsity": 0.3},
     {"technique": "gptq", "scheme": "W4A16", "group_size": 32},
@@ -54,7 +56,9 @@ def test_every_architecture_is_tried() -> None:
         *(pytest.param([stage], marks=pytest.mark.long, id=" ".join(map(str, stage.values()))) for stage in EACH),
     ],
 )
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.long] if name in LIKE_OTHERS else []) for name in VARIANTS]
+)
 def test_a_result_gives_the_logits_that_were_computed(
     variant: str, stages: list[dict[str, Any]], tmp_path: Path
 ) -> None:
