@@ -16,7 +16,7 @@ from workers.engine.text import read_documents, tokenize
 from workers.errors import CrashError, UserError
 from workers.evaluation.quality import measure, windows_of
 from workers.evaluation.size import measure_sparsity, weights_bytes
-from workers.evaluation.speed import measure_speed
+from workers.evaluation.speed import check_runs, measure_speed
 from workers.fingerprint import fingerprint
 from workers.formats.opening import LOAD_SNIPPET, Opened, open_checkpoint
 from workers.formats.parts import write_json
@@ -49,16 +49,17 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
     source = json.loads((work / "source" / "model.json").read_text(encoding="utf-8"))
     compressed = json.loads((work / "compressed.json").read_text(encoding="utf-8"))
-    progress("certify.open", 0.0)
+    progress("certify.open_original", 0.0)
+    original = open_checkpoint(work / "source" / "model", device)
+    check_unchanged(work / "source")
+    check_runs(original.model, original.tokenizer, recipe.evaluation.prompt)
+    progress("certify.open", 0.05)
     artifact = open_checkpoint(work / "artifact", device)
     _check_logits(artifact.model, work / "probe.safetensors")
     size = _check_size(work / "artifact", source, recipe)
     if source["source_format"] == "gguf" and size["artifact_bytes"] >= size["original_file_bytes"]:
         emit(_larger_than_file(size))
     stages = _prove_zeros(artifact.model, recipe, compressed["stages"])
-    progress("certify.open_original", 0.05)
-    original = open_checkpoint(work / "source" / "model", device)
-    check_unchanged(work / "source")
     quality = _quality(
         work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)
     )

@@ -63,3 +63,22 @@ class CrashError(JobError):
     """The job's own process died, ran out of memory or hit a defect of ours."""
 
     blame = "crash"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a library says, in one of its ways, that there was no memory for it."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def model_unusable(error: Exception) -> UserError:
+    """The model's own code failed on text that its tokenizer made."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
+    return UserError(
+        "model_unusable",
+        f"transformers cannot run the model: {type(error).__name__}: {reason}",
+        param="model.id",
+        hint="Try model.generate on it; its config.json, generation_config.json or tokenizer may be another model's.",
+    )

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workers.errors import CrashError, InfrastructureError, JobError
+from workers.errors import CrashError, InfrastructureError, JobError, is_out_of_memory
 
 _PR_SET_PDEATHSIG = 1
 NICENESS = 10
@@ -92,14 +92,12 @@ class _Events:
 def _as_job_error(error: BaseException) -> JobError:
     if isinstance(error, JobError):
         return error
-    if isinstance(error, MemoryError):
-        return CrashError(
-            "out_of_memory", "The job's process ran out of memory.", hint="Use a worker with more memory."
-        )
+    if is_out_of_memory(error):
+        reason = (str(error).strip().splitlines() or ["no memory was left"])[0][:300]
+        hint = "Use a worker, or a device, with more memory."
+        return CrashError("out_of_memory", f"The job's process ran out of memory: {reason}", hint=hint)
     if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
         return InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
-    if isinstance(error, RuntimeError) and "out of memory" in str(error).lower():
-        return CrashError("out_of_memory", str(error).splitlines()[0], hint="Use a device with more memory.")
     return CrashError("internal_error", f"{type(error).__name__}: {error}"[:2000])
 
 

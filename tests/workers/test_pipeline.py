@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.models import write_tiny_llama
+from tests.models import write_tiny_llama, write_tokenizer
 from tests.workers.attempts import Attempt, certified, compressed, fetched
 from workers.certify import certify
 from workers.engine.checkpoint import Checkpoint
@@ -293,6 +293,22 @@ def test_short_calibration_text_is_used_and_said(tiny_llama: Path, tmp_path: Pat
     short = {"dataset": {"texts": ["Language models are made smaller by pruning."]}, "num_samples": 8}
     attempt = certified(tmp_path / "work", tiny_llama, {"stages": [GPTQ], "calibration": short})
     assert "short_calibration" in {event.get("code") for event in attempt.events}
+
+
+def test_a_model_with_stop_strings_is_measured_too(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model")
+    generation = tmp_path / "model" / "generation_config.json"
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), "stop_strings": ["\n\n"]}))
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [INT8]})
+    assert attempt.report["speed"]["artifact"]["tokens_per_second"] > 0
+
+
+def test_a_tokenizer_of_another_model_is_the_users_to_mend(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model", vocab_size=300)
+    write_tokenizer(tmp_path / "model", 384)
+    with pytest.raises(UserError) as raised:
+        certified(tmp_path / "work", tmp_path / "model", {"stages": [INT8]})
+    assert raised.value.code == "model_unusable"
 
 
 def test_untied_heads_are_kept(tmp_path: Path) -> None:

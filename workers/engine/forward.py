@@ -9,12 +9,17 @@ greenlet: a stack of its own, resumed where it stopped.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import greenlet
 from torch import Tensor, nn
+
+from workers.errors import is_out_of_memory, model_unusable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -35,7 +40,7 @@ class ForwardPass:
     def advance_to(self, name: str) -> Tensor:
         """Go on to the stop called ``name``, past any other, and return the input there."""
         while True:
-            reached: Stop | Tensor = self._greenlet.switch()
+            reached = self._go_on()
             assert isinstance(reached, Stop), f"the pass ended before {name}: is its place in the table right?"
             if reached.name == name:
                 return reached.inputs
@@ -43,9 +48,20 @@ class ForwardPass:
     def finish(self) -> Tensor:
         """Go on to the end, past any stop, and return the logits: batch × tokens × vocabulary."""
         while True:
-            reached: Stop | Tensor = self._greenlet.switch()
+            reached = self._go_on()
             if isinstance(reached, Tensor):
                 return reached
+
+    def _go_on(self) -> Stop | Tensor:
+        """Run the model's own code to its next stop. What fails there fails in every loader: the model is at fault."""
+        try:
+            reached: Stop | Tensor = self._greenlet.switch()
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            logger.exception("the model's forward pass failed")
+            raise model_unusable(error) from error
+        return reached
 
     def abandon(self) -> None:
         """End the pass where it waits and free what it holds."""

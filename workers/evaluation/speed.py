@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from workers.errors import is_out_of_memory, model_unusable
+
 NUM_NEW_TOKENS = 32
 NUM_ROUNDS = 3
 
@@ -35,10 +37,10 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
         for name, model in models.items():
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
             begin = time.perf_counter()
-            _generate(model, inputs, 1)
+            _generate(model, tokenizer, inputs, 1)
             once = time.perf_counter() - begin
             begin = time.perf_counter()
-            output = _generate(model, inputs, NUM_NEW_TOKENS)
+            output = _generate(model, tokenizer, inputs, NUM_NEW_TOKENS)
             whole = time.perf_counter() - begin
             first[name].append(once)
             rates[name].append((NUM_NEW_TOKENS - 1) / max(whole - once, 1e-9))
@@ -47,9 +49,24 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
     return speeds, texts
 
 
-def _generate(model: Any, inputs: Any, num_tokens: int) -> torch.Tensor:
+def check_runs(model: Any, tokenizer: Any, prompt: str) -> None:
+    """Have the model continue ``prompt`` by two tokens; raises UserError ``model_unusable`` where it cannot."""
+    try:
+        _generate(model, tokenizer, tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), 2)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise model_unusable(error) from error
+
+
+def _generate(model: Any, tokenizer: Any, inputs: Any, num_tokens: int) -> torch.Tensor:
     output: torch.Tensor = model.generate(
-        **inputs, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False, pad_token_id=0
+        **inputs.to(model.device),
+        max_new_tokens=num_tokens,
+        min_new_tokens=num_tokens,
+        do_sample=False,
+        pad_token_id=0,
+        tokenizer=tokenizer,  # for models whose generation_config.json has stop strings
     )
     if output.device.type == "cuda":
         torch.cuda.synchronize()

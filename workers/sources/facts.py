@@ -17,6 +17,7 @@ SourceFormat = Literal["safetensors", "gguf"]
 _BOOKKEEPING = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
 _PACKED = ".weight_packed"
 _MAX_DIMENSION = 2**24
+_FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,8 @@ def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, Tens
             tensor = tensors.get(f"{name}.weight") or tensors.get(f"{name}{_PACKED}")
             if tensor is None:
                 raise _missing(f"{name}.weight")
+            if f"{name}.weight" in tensors and tensor.dtype not in _FLOATS:
+                raise _invalid(f"{name}.weight is of type {tensor.dtype}, not one of {', '.join(_FLOATS)}")
             if len(tensor.shape) != 2 or 0 in tensor.shape:
                 raise _invalid(f"{name} has the shape {tensor.shape}, not that of a linear layer")
 

@@ -1,0 +1,62 @@
+"""Passes that stop and go on, and what fails inside the model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from workers.engine.forward import ForwardPass, stop_before
+from workers.errors import UserError
+
+
+class Model(nn.Module):
+    def __init__(self, error: Exception | None = None) -> None:
+        super().__init__()
+        self.first, self.second = nn.Identity(), nn.Identity()
+        self.error = error
+
+    def forward(self, input_ids: Tensor, **_options: object) -> Any:
+        hidden = self.first(input_ids * 2)
+        if self.error is not None:
+            raise self.error
+        return SimpleNamespace(logits=self.second(hidden) + 1)
+
+
+def started(model: Model, value: float) -> ForwardPass:
+    stop_before([("first", model.first), ("second", model.second)])
+    return ForwardPass(model, torch.tensor([value]))
+
+
+def test_a_pass_stops_goes_on_and_ends() -> None:
+    model = Model()
+    one = started(model, 1.0)
+    other = ForwardPass(model, torch.tensor([5.0]))
+    assert one.advance_to("first").item() == 2
+    assert other.advance_to("second").item() == 10
+    assert one.finish().item() == 3
+    assert other.finish().item() == 11
+
+
+def test_a_model_that_cannot_be_run_is_the_users_to_mend() -> None:
+    one = started(Model(ZeroDivisionError("division by zero")), 1.0)
+    one.advance_to("first")
+    with pytest.raises(UserError, match="ZeroDivisionError: division by zero") as raised:
+        one.finish()
+    assert (raised.value.code, raised.value.param) == ("model_unusable", "model.id")
+
+
+def test_too_little_memory_is_no_fault_of_the_model() -> None:
+    one = started(Model(RuntimeError("DefaultCPUAllocator: can't allocate memory")), 1.0)
+    with pytest.raises(RuntimeError, match="allocate"):
+        one.finish()
+
+
+def test_an_abandoned_pass_ends_without_a_word() -> None:
+    one = started(Model(), 1.0)
+    one.advance_to("first")
+    one.abandon()
+    one.abandon()
