@@ -96,9 +96,15 @@ def _as_job_error(error: BaseException) -> JobError:
         reason = (str(error).strip().splitlines() or ["no memory was left"])[0][:300]
         hint = "Use a worker, or a device, with more memory."
         return CrashError("out_of_memory", f"The job's process ran out of memory: {reason}", hint=hint)
-    if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+    if _is_disk_full(error):
         return InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
     return CrashError("internal_error", f"{type(error).__name__}: {error}"[:2000])
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    return os.strerror(errno.ENOSPC).lower() in str(error).lower()  # safetensors has an error of its own
 
 
 def _preload() -> None:
