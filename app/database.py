@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from sqlalchemy import Engine, MetaData, create_engine
+from sqlalchemy import Engine, MetaData, create_engine, event
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.orm import DeclarativeBase, Session, sessionmaker
@@ -18,6 +18,9 @@ NAMING_CONVENTION = {
     "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
     "pk": "pk_%(table_name)s",
 }
+
+# Our transactions hold nothing but statements, so one that idles belongs to a process that stands still.
+IDLE_TRANSACTION_SECONDS = 5
 
 # What a database that is down, restarts or answers too late raises: the same transaction may succeed later.
 OUTAGES = (OperationalError, InterfaceError, PoolTimeoutError)
@@ -68,7 +71,7 @@ class Database:
 
 
 def _engine(url: str, pool_size: int, **options: Any) -> Engine:
-    return create_engine(
+    engine = create_engine(
         psycopg_url(url),
         pool_size=pool_size,
         max_overflow=pool_size,
@@ -77,6 +80,15 @@ def _engine(url: str, pool_size: int, **options: Any) -> Engine:
         connect_args={"connect_timeout": 5, "tcp_user_timeout": 30_000},
         **options,
     )
+    event.listen(engine, "connect", _limit_idle_transactions)
+    return engine
+
+
+def _limit_idle_transactions(connection: Any, _record: object) -> None:
+    """A process that freezes inside a transaction must not keep its rows from the reaper and its successor."""
+    before, connection.autocommit = connection.autocommit, True
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{IDLE_TRANSACTION_SECONDS}s'")
+    connection.autocommit = before
 
 
 def psycopg_url(url: str) -> str:

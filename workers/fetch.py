@@ -25,7 +25,7 @@ from workers.sources.identifiers import FileId, HubId, ModelId, parse_model_id, 
 from workers.sources.inspection import facts_of_checkpoint, gguf_in, inspect_gguf
 from workers.sources.texts import write_texts
 from workers.sources.tokenizer_file import TOKENIZER_JSON, check_tokenizer_json
-from workers.sources.unchanged import file_states
+from workers.sources.unchanged import FileStates, check_same, file_state, file_states
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -50,7 +50,7 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
     shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
 
-    facts = _fetch_model(request["model"]["id"], model, revision, model_roots, source, emit)
+    facts, before = _fetch_model(request["model"]["id"], model, revision, model_roots, source, emit)
     if revision is not None and not isinstance(model, HubId) and facts.revision != revision:
         raise UserError(
             "revision_not_found",
@@ -61,49 +61,55 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
     emit({"event": "resolved", "revision": facts.revision, "model": _summary(facts)})
     data = write_texts(recipe, source, model_roots)
     _write_json(source / "data.json", data)
-    _write_json(source / "model.json", {**facts.to_dict(), "fingerprint": file_states(destination)})
+    states = file_states(destination)
+    check_same(before, states)
+    _write_json(source / "model.json", {**facts.to_dict(), "fingerprint": states})
     emit(_progress(1.0))
 
 
 def _fetch_model(
     model_id: str, model: ModelId, revision: str | None, model_roots: Sequence[Path], source: Path, emit: Emit
-) -> ModelFacts:
+) -> tuple[ModelFacts, FileStates]:
+    """The facts, and the states in which files that are not ours were found before anything was read of them."""
     destination = source / "model"
     if isinstance(model, HubId):
-        return _fetch_from_hub(model.name, model_id, revision, destination)
+        return _fetch_from_hub(model.name, model_id, revision, destination), {}
     if isinstance(model, FileId):
         with open_model(model.parts, model_roots) as (folder, gguf_name):
             gguf_name = gguf_name or gguf_in(folder)
             if gguf_name is not None:
-                return _convert(model_id, folder, gguf_name, destination, emit)
+                return _convert(model_id, folder, gguf_name, destination, emit), {}
             return _link(model_id, folder, destination)
     with open_folder(source / "artifact") as folder:
         return _link(model_id, folder, destination)
 
 
-def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> ModelFacts:
+def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> tuple[ModelFacts, FileStates]:
     """Check a folder of safetensors and give links to its files: a copy would cost minutes and as much disk."""
+    before = {name: file_state(folder.path / name) for name in folder.files}
     facts = facts_of_checkpoint(model_id, None, read_checkpoint(folder))
     names = [name for name, _ in facts.files]
     for name in names:
         target = folder.path / name
         descriptor = folder.open(name)
         try:
-            checked, linked = os.fstat(descriptor), target.lstat()
+            checked, found = os.fstat(descriptor), target.lstat()
         finally:
             os.close(descriptor)
         # The path is opened again by others: it must be the file that was checked.
-        if (checked.st_dev, checked.st_ino) != (linked.st_dev, linked.st_ino):
+        if (checked.st_dev, checked.st_ino) != (found.st_dev, found.st_ino):
             raise symlink_refused(name)
         (destination / name).symlink_to(target)
     _clean_settings(folder, destination)
     _check_tokenizer(folder)
-    return replace(facts, revision=_content_digest(folder, names))
+    linked = {name: before[name] for name in names if (destination / name).is_symlink()}
+    return replace(facts, revision=_content_digest(folder, names)), linked
 
 
 def _convert(model_id: str, folder: CheckpointFolder, name: str, destination: Path, emit: Emit) -> ModelFacts:
     from workers.sources.gguf import convert_gguf
 
+    before = {name: file_state(folder.path / name)}
     facts = inspect_gguf(model_id, folder, name)
     _check_space(destination, facts.parameter_bytes)
     descriptor = folder.open(name)
@@ -114,7 +120,9 @@ def _convert(model_id: str, folder: CheckpointFolder, name: str, destination: Pa
         os.close(descriptor)
     with open_folder(destination) as converted:
         facts_of_checkpoint(model_id, None, read_checkpoint(converted))
-    return replace(facts, revision=_content_digest(folder, [name]))
+    revision = _content_digest(folder, [name])
+    check_same(before, {name: file_state(folder.path / name)})
+    return replace(facts, revision=revision)
 
 
 def _fetch_from_hub(name: str, model_id: str, revision: str | None, destination: Path) -> ModelFacts:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 from workers.techniques import QuantizationOptions, Stage
@@ -24,11 +24,25 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+def at_most(limit: int) -> BeforeValidator:
+    """Refuse a longer list or object before its items are looked at: each wrong one would cost an error of its own."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, list | dict) and len(value) > limit:
+            raise ValueError(f"at most {limit} are taken, and {len(value)} were sent")
+        return value
+
+    return BeforeValidator(check)
+
+
 class InlineDataset(_Part):
     """Texts sent with the request."""
 
-    texts: Annotated[list[Annotated[str, Field(max_length=1_000_000)]], Field(min_length=1, max_length=100_000)]
-    labels: Annotated[list[str | int], Field(max_length=100_000)] | None = None
+    texts: Annotated[
+        list[Annotated[str, Field(max_length=1_000_000)]],
+        Field(min_length=1, max_length=100_000, fail_fast=True),
+    ]
+    labels: Annotated[list[str | int], Field(max_length=100_000, fail_fast=True)] | None = None
 
     @model_validator(mode="after")
     def _has_text(self) -> InlineDataset:
@@ -95,7 +109,7 @@ class Recipe(_Part):
     """Ordered stages and all that decides the bytes of the artifact."""
 
     version: Literal[1] = 1
-    stages: Annotated[list[Stage], Field(min_length=1, max_length=32)]
+    stages: Annotated[list[Stage], Field(min_length=1, max_length=32), at_most(32)]
     calibration: Calibration = Calibration()
     training: Training | None = None
     evaluation: Evaluation = Evaluation()

@@ -58,7 +58,8 @@ def publish(storage: Storage, folder: Path, *, job_id: str, fence: int) -> Publi
         for file in files:
             storage.put_file(f"{prefix}/{file.path}", folder / file.path)
     except StorageError as error:
-        raise InfrastructureError("storage_unavailable", f"The artifact could not be stored: {error}") from error
+        logger.exception("the artifact could not be stored", extra={"job_id": job_id, "fence": fence})
+        raise InfrastructureError("storage_unavailable", "The storage did not take the artifact.") from error
     size_bytes = sum(file.size_bytes for file in files)
     logger.info("published", extra={"job_id": job_id, "fence": fence, "size_bytes": size_bytes})
     return PublishedArtifact(prefix, tuple(files), size_bytes)

@@ -37,8 +37,10 @@ def read_recipe(text: str) -> str | dict[str, Any]:
 def _parse(content: str, name: str, *, is_json: bool) -> dict[str, Any]:
     try:
         recipe = json.loads(content) if is_json else yaml.safe_load(content)
-    except (ValueError, yaml.YAMLError) as error:
-        raise Failed(f"{name} does not parse: {error}", code="wrong_use", exit_code=2) from error
+        # What JSON cannot say (dates, infinity, an anchor inside itself) cannot be sent.
+        recipe = json.loads(json.dumps(recipe, allow_nan=False))
+    except (ValueError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise Failed(f"{name} is no recipe: {error}", code="wrong_use", exit_code=2) from error
     if not isinstance(recipe, dict):
         raise Failed(
             f"{name} holds no recipe object",

@@ -9,9 +9,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pydantic_core import PydanticCustomError
 
 from app.catalog.presets import PRESETS
-from workers.recipe import Recipe
+from workers.recipe import Recipe, at_most
 
 _MAX_PARAM_CHARACTERS = 1000
+_MAX_FIELDS = 1000  # of one object; no object of a submission has nearly as many
 
 Status = Literal["queued", "running", "pausing", "paused", "cancelling", "succeeded", "failed", "cancelled"]
 
@@ -91,7 +92,7 @@ class JobSubmission(_Sent):
     ] = None
     priority: Annotated[int, Field(ge=-100, le=100, description="Higher runs first.")] = 0
     timeout_seconds: Annotated[int, Field(ge=1, le=604_800)] = 86_400
-    metadata: Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=32)] = {}
+    metadata: Annotated[dict[_MetadataKey, _MetadataValue], Field(max_length=32), at_most(32)] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +103,8 @@ class JobSubmission(_Sent):
         while waiting:
             place, value = waiting.pop()
             if isinstance(value, dict):
+                if len(value) > _MAX_FIELDS:
+                    raise ValueError(f"an object of {len(value)} fields was sent")
                 waiting.extend((_Place(place, str(key)), part) for key, part in value.items())
                 if not all(_is_storable(key) for key in value):
                     raise _unstorable(place)

@@ -29,7 +29,7 @@ def view_of(shown: ShownJob) -> JobView:
             step=progress.get("step"),
             block=progress.get("block"),
             num_blocks=progress.get("num_blocks"),
-            eta_seconds=progress.get("eta_seconds"),
+            eta_seconds=progress.get("eta_seconds") if job.status == "running" else None,
             queue_position=shown.queue_position,
             heartbeat_at=job.heartbeat_at,
         ),

@@ -1,3 +1,5 @@
+"""Who may ask: a valid key and nobody else, on every route but health."""
+
 import pytest
 from sqlalchemy import text
 from starlette.testclient import TestClient

@@ -10,7 +10,7 @@ from sqlalchemy.exc import ProgrammingError
 from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
-from app.database import Database
+from app.database import IDLE_TRANSACTION_SECONDS, Database
 from app.local import LocalServers
 from app.settings import Settings
 
@@ -28,6 +28,12 @@ def test_a_poll_after_a_restart_of_the_database_is_answered(
     assert client.get(unknown, headers=auth).json()["code"] == "job_not_found"
     _break_connections(servers, settings)
     assert client.get(unknown, headers=auth).json()["code"] == "job_not_found"
+
+
+def test_a_process_that_stands_still_in_a_transaction_keeps_no_row(database: Database) -> None:
+    with database.transaction() as session:
+        shown = session.execute(text("SHOW idle_in_transaction_session_timeout")).scalar_one()
+    assert shown == f"{IDLE_TRANSACTION_SECONDS}s"
 
 
 def test_a_read_that_the_database_refuses_is_asked_once(database: Database) -> None:

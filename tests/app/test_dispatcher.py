@@ -1,3 +1,5 @@
+"""Rows become wake-ups, dead leases go back, and a broker or database that is away is waited for."""
+
 from __future__ import annotations
 
 import threading

@@ -1,3 +1,5 @@
+"""Every error is a problem with a code, and says nothing of the inside."""
+
 from fastapi import FastAPI
 from starlette.testclient import TestClient
 

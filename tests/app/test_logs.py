@@ -1,3 +1,5 @@
+"""Log records are one line each, whatever a user put into them."""
+
 import logging
 
 import pytest

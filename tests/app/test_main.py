@@ -1,3 +1,5 @@
+"""The app as a whole: its documents, its limits, and no torch in it."""
+
 import re
 import subprocess
 import sys

@@ -1,3 +1,5 @@
+"""Migrations, up and down, give the tables that the models describe."""
+
 from concurrent.futures import ThreadPoolExecutor
 
 import psycopg

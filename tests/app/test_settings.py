@@ -1,3 +1,5 @@
+"""Settings from the environment: defaults, lists, and names of what is wrong."""
+
 from pathlib import Path
 
 import pytest

@@ -1,3 +1,5 @@
+"""What the fetch process leaves in the work folder, and what it refuses."""
+
 from __future__ import annotations
 
 import hashlib
@@ -6,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +39,20 @@ def work(tmp_path: Path) -> Path:
 
 
 def run(
-    work: Path, root: Path, model_id: str = "file:model", *, revision: str | None = None, recipe: Any = None
+    work: Path,
+    root: Path,
+    model_id: str = "file:model",
+    *,
+    revision: str | None = None,
+    recipe: Any = None,
+    on_event: Callable[[dict[str, Any]], None] = lambda _: None,
 ) -> list[dict[str, Any]]:
     events: list[dict[str, Any]] = []
+
+    def emit(event: dict[str, Any]) -> None:
+        events.append(event)
+        on_event(event)
+
     request = {
         "job_id": "job_01JZZZZZZZZZZZZZZZZZZZZZZZ",
         "model": {"id": model_id, "revision": revision},
@@ -46,7 +60,7 @@ def run(
         "model_roots": [str(root)],
         "artifact_files": model_id.startswith("job:"),
     }
-    fetch(work, request, events.append)
+    fetch(work, request, emit)
     return events
 
 
@@ -102,6 +116,21 @@ def test_content_that_was_pinned_has_to_be_the_same(work: Path, root: Path) -> N
     with pytest.raises(UserError) as caught:
         run(work, root, revision="0" * 40)
     assert (caught.value.code, caught.value.param) == ("revision_not_found", "model.revision")
+
+
+def test_a_model_that_changes_while_its_texts_are_written_is_refused(work: Path, root: Path) -> None:
+    """Its revision and its size would be those of other weights."""
+    folder = write_llama(root / "model")
+
+    def change(event: dict[str, Any]) -> None:
+        if event["event"] == "resolved":
+            tensors = load_file(folder / "model.safetensors")
+            save_file({name: tensor + 1 for name, tensor in tensors.items()}, folder / "model.safetensors")
+
+    with pytest.raises(UserError) as caught:
+        run(work, root, on_event=change)
+    assert caught.value.code == "model_changed"
+    assert not (work / "source" / "model.json").exists()
 
 
 def test_settings_that_name_code_reach_no_loader(work: Path, root: Path) -> None:

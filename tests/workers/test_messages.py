@@ -1,3 +1,5 @@
+"""Messages of a job's processes: understood, bounded, never trusted."""
+
 from __future__ import annotations
 
 import json

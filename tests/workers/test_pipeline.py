@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -295,12 +296,68 @@ def test_short_calibration_text_is_used_and_said(tiny_llama: Path, tmp_path: Pat
     assert "short_calibration" in {event.get("code") for event in attempt.events}
 
 
-def test_a_model_with_stop_strings_is_measured_too(tmp_path: Path) -> None:
+def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    head = tensors["model.embed_tokens.weight"].clone()
+    head[0, 0] += 1
+    save_file({**tensors, "lm_head.weight": head}, path, {"format": "pt"})
+    with pytest.raises(UserError, match=r"ties the head to the embedding") as raised:
+        compressed(tmp_path / "work", tmp_path / "model", {"stages": [INT8]})
+    assert raised.value.code == "checkpoint_mismatch"
+
+
+def test_a_tied_head_that_is_stored_twice_counts_once(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    save_file({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, path, {"format": "pt"})
+    twice = certified(tmp_path / "twice", tmp_path / "model", {"stages": [INT8]}).report["size"]
+    once = certified(tmp_path / "once", tiny_llama, {"stages": [INT8]}).report["size"]
+    for key in ("original_parameters", "original_bytes", "artifact_bytes", "compression_ratio"):
+        assert twice[key] == once[key]
+
+
+def test_sizes_that_only_the_config_claims_are_refused_before_anything_is_computed(
+    tiny_llama: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "head_dim": 2**16}))
+    with pytest.raises(UserError, match="calls for") as raised:
+        compressed(tmp_path / "work", tmp_path / "model", {"stages": [INT8]})
+    assert raised.value.code == "checkpoint_mismatch"
+
+
+def test_a_scale_without_codes_is_a_tensor_without_a_place(tiny_llama: Path, tmp_path: Path) -> None:
+    shutil.copytree(tiny_llama, tmp_path / "model")
+    path = tmp_path / "model" / "model.safetensors"
+    stray = {"model.layers.0.mlp.down_proj.weight_scale": torch.ones(1)}
+    save_file({**load_file(path), **stray}, path, {"format": "pt"})
+    with pytest.raises(UserError) as raised:
+        compressed(tmp_path / "work", tmp_path / "model", {"stages": [INT8]})
+    assert raised.value.code == "checkpoint_mismatch"
+
+
+def test_a_result_that_is_larger_says_so(tiny_llama: Path, tmp_path: Path) -> None:
+    first = compressed(tmp_path / "first", tiny_llama, {"stages": [NEAREST]})
+    (tmp_path / "roots").mkdir()
+    shutil.copytree(first.artifact, tmp_path / "roots" / "int4")
+    again = certified(tmp_path / "again", tmp_path / "roots" / "int4", {"stages": [{"technique": "magnitude"}]})
+    codes = [event["code"] for event in again.events if event["event"] == "warning"]
+    assert "larger_than_original" in codes
+    assert "times smaller" not in (again.artifact / "README.md").read_text()
+
+
+def test_the_models_own_generation_settings_change_no_speed(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "model")
     generation = tmp_path / "model" / "generation_config.json"
-    generation.write_text(json.dumps({**json.loads(generation.read_text()), "stop_strings": ["\n\n"]}))
+    settings = {"max_time": 0.0, "num_beams": 4, "stop_strings": ["\n\n"]}
+    generation.write_text(json.dumps({**json.loads(generation.read_text()), **settings}))
     attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [INT8]})
-    assert attempt.report["speed"]["artifact"]["tokens_per_second"] > 0
+    for side in ("original", "artifact"):
+        assert 0 < attempt.report["speed"][side]["tokens_per_second"] < 100_000
 
 
 def test_a_tokenizer_of_another_model_is_the_users_to_mend(tmp_path: Path) -> None:

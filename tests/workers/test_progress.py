@@ -1,3 +1,5 @@
+"""How far an attempt is, and how long it will take."""
+
 from __future__ import annotations
 
 from workers.supervisor.messages import ProgressMessage, StageMessage

@@ -1,3 +1,5 @@
+"""Real workers on real servers: wake-ups, kills, stops and freezes."""
+
 from __future__ import annotations
 
 import os

@@ -80,6 +80,13 @@ class Checkpoint:
             )
         return tensor
 
+    def shape(self, name: str) -> list[int] | None:
+        """The shape of a parameter that is stored as it is, from its file's header; None for codes and missing ones."""
+        if name not in self._file_of or self._is_quantized(name.removesuffix(".weight")):
+            return None
+        with safe_open(self._file_of[name], framework="pt") as file:
+            return list(file.get_slice(self._stored_name[name]).get_shape())
+
     def as_stored(self, name: str) -> Tensor:
         """A parameter in the type of the checkpoint, dequantized where it is stored as codes."""
         if name in self._file_of and not self._is_quantized(name.removesuffix(".weight")):
@@ -95,7 +102,7 @@ class Checkpoint:
             return dtype
 
     def _is_quantized(self, module: str) -> bool:
-        return f"{module}.weight_scale" in self._file_of
+        return bool(self._schemes) and f"{module}.weight_scale" in self._file_of
 
     def _stored_with_prefix(self, module: str) -> dict[str, Tensor]:
         prefix = module + "."
@@ -103,7 +110,7 @@ class Checkpoint:
 
     def _parameter_of(self, name: str) -> str | None:
         module, _, last = name.rpartition(".")
-        if last in _PACKED_SUFFIXES:
+        if self._schemes and last in _PACKED_SUFFIXES:
             return f"{module}.weight"
         return name
 

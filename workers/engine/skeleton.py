@@ -30,6 +30,8 @@ class Skeleton:
         self.model = _empty_model(checkpoint.folder)
         self._move_buffers()
         self._check_names()
+        self._check_shapes()
+        self._check_tied_head()
 
     @property
     def num_blocks(self) -> int:
@@ -114,12 +116,7 @@ class Skeleton:
                 hint="Save the model again with transformers' save_pretrained.",
             ) from None
         if tensor.shape != shape:
-            raise UserError(
-                "checkpoint_mismatch",
-                f"The tensor {name} has shape {list(tensor.shape)}; its config.json calls for {list(shape)}.",
-                param="model.id",
-                hint="config.json belongs to another checkpoint; put the right one beside the weights.",
-            )
+            raise _wrong_shape(name, list(tensor.shape), list(shape))
         return tensor.to(self.device)
 
     def _check_names(self) -> None:
@@ -139,11 +136,43 @@ class Skeleton:
                 hint="Save the model again with transformers' save_pretrained.",
             )
 
+    def _check_shapes(self) -> None:
+        """Hold headers against the config, before anything is computed from sizes that only the config claims."""
+        for name, parameter in self.model.named_parameters():
+            shape = self.checkpoint.shape(name)
+            if shape is not None and shape != list(parameter.shape):
+                raise _wrong_shape(name, shape, list(parameter.shape))
+
+    def _check_tied_head(self) -> None:
+        """Raise UserError ``checkpoint_mismatch`` for a head that is said to be the embedding, and is not.
+
+        Loaders disagree on such a checkpoint: transformers keeps the stored head, others take the embedding.
+        """
+        head, embedding = (f"{name}.weight" for name in (self.architecture.head, self.architecture.embedding))
+        if not self.architecture.is_tied(self.checkpoint.config) or head not in self.checkpoint.parameters(head):
+            return
+        if not torch.equal(self.checkpoint.parameter(head), self.checkpoint.parameter(embedding)):
+            raise UserError(
+                "checkpoint_mismatch",
+                f"config.json ties the head to the embedding, and {head} differs from {embedding}.",
+                param="model.id",
+                hint="Set tie_word_embeddings to false, or leave the head out of the checkpoint.",
+            )
+
     def _move_buffers(self) -> None:
         """Rotary frequencies and the like are computed from the config, not stored."""
         for module in self.model.modules():
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self.device))
+
+
+def _wrong_shape(name: str, found: list[int], wanted: list[int]) -> UserError:
+    return UserError(
+        "checkpoint_mismatch",
+        f"The tensor {name} has shape {found}; its config.json calls for {wanted}.",
+        param="model.id",
+        hint="config.json belongs to another checkpoint; put the right one beside the weights.",
+    )
 
 
 def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor:

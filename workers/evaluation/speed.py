@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from workers.errors import is_out_of_memory, model_unusable
+from workers.errors import CrashError, JobError, is_out_of_memory, model_unusable
 
 NUM_NEW_TOKENS = 32
 NUM_ROUNDS = 3
@@ -37,10 +38,10 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
         for name, model in models.items():
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
             begin = time.perf_counter()
-            _generate(model, tokenizer, inputs, 1)
+            _generate(model, inputs, 1)
             once = time.perf_counter() - begin
             begin = time.perf_counter()
-            output = _generate(model, tokenizer, inputs, NUM_NEW_TOKENS)
+            output = _generate(model, inputs, NUM_NEW_TOKENS)
             whole = time.perf_counter() - begin
             first[name].append(once)
             rates[name].append((NUM_NEW_TOKENS - 1) / max(whole - once, 1e-9))
@@ -52,22 +53,27 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
 def check_runs(model: Any, tokenizer: Any, prompt: str) -> None:
     """Have the model continue ``prompt`` by two tokens; raises UserError ``model_unusable`` where it cannot."""
     try:
-        _generate(model, tokenizer, tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), 2)
+        _generate(model, tokenizer(prompt, return_tensors="pt", return_token_type_ids=False), 2)
     except Exception as error:
-        if is_out_of_memory(error):
+        if isinstance(error, JobError) or is_out_of_memory(error):
             raise
         raise model_unusable(error) from error
 
 
-def _generate(model: Any, tokenizer: Any, inputs: Any, num_tokens: int) -> torch.Tensor:
-    output: torch.Tensor = model.generate(
-        **inputs.to(model.device),
-        max_new_tokens=num_tokens,
-        min_new_tokens=num_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        tokenizer=tokenizer,  # for models whose generation_config.json has stop strings
-    )
+def _generate(model: Any, inputs: Any, num_tokens: int) -> torch.Tensor:
+    """Exactly ``num_tokens`` more, the likeliest each time."""
+    # A model's own generation_config.json may stop after a millisecond, search beams or repeat: what is measured must
+    # be the same work for every model. generate() fills gaps from the model's, so that one is set aside.
+    own, model.generation_config = model.generation_config, GenerationConfig(pad_token_id=0)  # type: ignore[no-untyped-call]
+    try:
+        output: torch.Tensor = model.generate(
+            **inputs.to(model.device), max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False
+        )
+    finally:
+        model.generation_config = own
     if output.device.type == "cuda":
         torch.cuda.synchronize()
+    num_new = output.shape[1] - inputs["input_ids"].shape[1]
+    if num_new != num_tokens:
+        raise CrashError("speed_not_measured", f"{num_new} tokens were generated where {num_tokens} were asked for.")
     return output

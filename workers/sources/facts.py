@@ -45,6 +45,18 @@ class ModelFacts:
         return cls(**{**data, "files": files, "linear_in_features": tuple(data["linear_in_features"])})
 
 
+def without_tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors but for a head that is stored beside the embedding it is tied to: they are one parameter."""
+    row = _row(config)
+    if row is None or not row.is_tied(config) or f"{row.embedding}.weight" not in tensors:
+        return dict(tensors)
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not name.startswith((f"{row.head}.", f"{row.earlier_head}."))
+    }
+
+
 def count_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int:
     """The weights that the tensors stand for: packed codes count as the weights that they hold."""
     total = 0

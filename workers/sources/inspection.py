@@ -56,6 +56,7 @@ def facts_of_checkpoint(model_id: str, revision: str | None, checkpoint: Checkpo
     """The facts of a checked safetensors checkpoint; raises UserError where config and weights disagree."""
     config, tensors = checkpoint.config, checkpoint.tensors
     facts_of.check_config(config, tensors)
+    tensors = facts_of.without_tied_head(config, tensors)
     sizes = dict(checkpoint.files)
     return ModelFacts(
         model_id=model_id,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import threading
 from collections.abc import Callable
@@ -81,11 +82,15 @@ class Attempt:
             return self._failed(failure.error, failure)
         except JobError as error:
             return self._failed(error)
-        except StorageError as error:
+        except StorageError:
             logger.exception("storage failed", extra=self._names)
-            return self._failed(InfrastructureError("storage_unavailable", f"The storage failed: {error}"))
+            return self._failed(InfrastructureError("storage_unavailable", "The storage did not take the artifact."))
         except (*OUTAGES, OSError) as error:
             logger.exception("something of the worker's own failed", extra=self._names)
+            if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+                return self._failed(
+                    InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
+                )
             return self._failed(InfrastructureError("worker_failed", f"The worker failed: {type(error).__name__}"))
         except Exception:
             logger.exception("the supervisor failed", extra=self._names)
@@ -216,7 +221,7 @@ def _read_report(path: Path) -> dict[str, Any]:
 
 
 def _violated(violations: list[Violation]) -> UserError:
-    told = "; ".join(f"{item.name} is {item.limit:g} and the result has {item.value:.10g}" for item in violations)
+    told = "; ".join(f"{item.name} is {item.limit:.10g} and the result has {item.value:.10g}" for item in violations)
     return UserError(
         "constraint_violated",
         f"The result breaks what the job asks for: {told}.",

@@ -27,8 +27,11 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-_KEPT = ("PATH", "HOME", "LANG", "LC_", "TZ", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH", "CUDA_", "NVIDIA_")
-_KEPT_LIBRARIES = ("OMP_", "MKL_", "OPENBLAS_", "NUMBA_", "TORCH_", "PYTORCH_")
+_KEPT = frozenset({
+    "PATH", "HOME", "LANG", "TZ", "TMPDIR", "PYTHONPATH", "LD_LIBRARY_PATH",
+    "NVIDIA_VISIBLE_DEVICES", "NVIDIA_DRIVER_CAPABILITIES",
+})  # fmt: skip
+_KEPT_LIBRARIES = ("LC_", "CUDA_", "OMP_", "MKL_", "OPENBLAS_", "NUMBA_", "TORCH_", "PYTORCH_")
 # What reaching a hub needs, tokens included: only the process that fetches sees it.
 _KEPT_FOR_NETWORK = (
     "HF_",
@@ -219,8 +222,8 @@ class Spare:
 
 def scrubbed_environment(environment: Mapping[str, str], *, network: bool) -> dict[str, str]:
     """What a job's process may see of ``environment``: no secret of the service, and no token unless it fetches."""
-    kept = _KEPT + _KEPT_LIBRARIES + (_KEPT_FOR_NETWORK if network else ())
-    scrubbed = {name: value for name, value in environment.items() if name.upper().startswith(kept)}
+    begins = _KEPT_LIBRARIES + (_KEPT_FOR_NETWORK if network else ())
+    scrubbed = {name: value for name, value in environment.items() if name in _KEPT or name.upper().startswith(begins)}
     scrubbed["PYTHONFAULTHANDLER"] = "1"  # a segmentation fault leaves a traceback in the log
     # Threads that wait for each other by spinning take the cores from whoever computes: with one more busy process on
     # two cores, small products took five times as long.

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from workers.techniques.options import QuantizationOptions, Statistic
+from workers.techniques.options import Damping, QuantizationOptions, Statistic
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
@@ -31,15 +31,7 @@ class GPTQ(QuantizationOptions):
     clip_search: Annotated[
         bool, Field(description="Search each scale for the least squared error, instead of covering the extremes.")
     ] = True
-    damping: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            description="Added to the Hessian's diagonal, as a fraction of its mean; grown until the Cholesky "
-            "factorization succeeds.",
-        ),
-    ] = 0.01
+    damping: Damping = 0.01
 
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Quantize ``layer`` with the Hessian of its input."""

@@ -22,6 +22,17 @@ GROUP_MULTIPLE = 8
 _N_OF_M = re.compile(r"([1-9]\d{0,2}):([1-9]\d{0,2})")
 
 
+Damping = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=1,
+        description="Added to the Hessian's diagonal, as a fraction of its mean; grown until the Cholesky "
+        "factorization succeeds.",
+    ),
+]
+
+
 def group_size_fits(in_features: int, size: int) -> bool:
     """Whether a layer of ``in_features`` columns can be stored in groups of ``size``."""
     return size >= SMALLEST_GROUP and size % GROUP_MULTIPLE == 0 and in_features % size == 0
@@ -54,6 +65,7 @@ class StageOptions(BaseModel):
             description="Names or shell-style patterns of linear layers to leave as they are, for example "
             "`model.layers.0.*` or `*.down_proj`.",
             max_length=1000,
+            fail_fast=True,
         ),
     ] = []
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
-
-from workers.techniques.options import PruningOptions, Statistic
+from workers.techniques.options import Damping, PruningOptions, Statistic
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
@@ -21,15 +19,7 @@ class SparseGPT(PruningOptions):
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
 
     technique: Literal["sparsegpt"] = "sparsegpt"
-    damping: Annotated[
-        float,
-        Field(
-            gt=0,
-            le=1,
-            description="Added to the Hessian's diagonal, as a fraction of its mean; grown until the Cholesky "
-            "factorization succeeds.",
-        ),
-    ] = 0.01
+    damping: Damping = 0.01
 
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Prune ``layer`` with the Hessian of its input."""

@@ -1,3 +1,5 @@
+"""Publishing: all files and a manifest under the fence's own prefix, or nothing."""
+
 import hashlib
 import json
 from pathlib import Path

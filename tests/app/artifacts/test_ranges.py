@@ -1,3 +1,5 @@
+"""Range, If-Range and If-None-Match, as RFC 9110 has them."""
+
 import pytest
 
 from app.artifacts.ranges import Selection, select

@@ -1,3 +1,5 @@
+"""The life of a lease: claimed once, kept by beats, ended once, taken away when it expires."""
+
 from __future__ import annotations
 
 import random

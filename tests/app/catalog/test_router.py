@@ -1,3 +1,5 @@
+"""Techniques with their schemas, and presets that are valid recipes."""
+
 from starlette.testclient import TestClient
 
 from workers.recipe import Recipe

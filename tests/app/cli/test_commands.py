@@ -93,6 +93,14 @@ def test_a_recipe_comes_from_yaml_json_or_standard_input(
     assert job["recipe"]["stages"][0]["sparsity"] == 0.25
 
 
+@pytest.mark.parametrize("content", ["seed: 2024-01-01", "damping: .nan", "a: &b {c: *b}", "- 1", "{"])
+def test_a_file_that_is_no_recipe_is_wrong_use(attar: Attar, model_id: str, tmp_path: Path, content: str) -> None:
+    (tmp_path / "recipe.yaml").write_text(content)
+    result = attar("submit", model_id, "--recipe", "recipe.yaml")
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr
+
+
 def test_a_refused_recipe_names_its_field(attar: Attar, model_id: str) -> None:
     refused = attar("submit", model_id, "-r", "-", stdin="stages: [{technique: magnitude, sparsity: 1.5}]")
     assert refused.returncode == 3

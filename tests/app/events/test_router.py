@@ -1,3 +1,5 @@
+"""What happened to a job, numbered without gaps, for its own tenant."""
+
 import pytest
 from starlette.testclient import TestClient
 

@@ -1,3 +1,5 @@
+"""Alive is not ready: what is missing is named."""
+
 from pathlib import Path
 
 import psycopg

@@ -184,6 +184,9 @@ def test_many_faults_and_long_keys_are_refused_in_no_time(refused: Refused) -> N
     begin = time.monotonic()
     refused(422, **{f"field_{number}": 0 for number in range(20_000)})
     refused(422, **{"k" * 100_000: [0] * 100_000})
+    refused(422, recipe={"stages": [5] * 500_000})
+    refused(422, recipe={"stages": [GPTQ], "calibration": {"dataset": {"texts": [5] * 500_000}}})
+    refused(422, metadata={str(number): 5 for number in range(100_000)})
     assert time.monotonic() - begin < 10
 
 

@@ -1,3 +1,5 @@
+"""Keys: shown once, kept as a hash, revoked for good."""
+
 import re
 
 import pytest

@@ -1,3 +1,5 @@
+"""Folders below the model roots: nothing outside, no links, no other kinds of files."""
+
 from __future__ import annotations
 
 import os

@@ -1,3 +1,5 @@
+"""Where texts come from: built in, files, a hub."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""GGUF files become checkpoints with the same values, or a refusal."""
+
 from __future__ import annotations
 
 import importlib.util

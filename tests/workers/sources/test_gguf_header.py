@@ -1,3 +1,5 @@
+"""GGUF headers, bounded before anything is read that they announce."""
+
 from __future__ import annotations
 
 import struct

@@ -1,3 +1,5 @@
+"""Model ids and revisions: which there are, and what is refused."""
+
 from __future__ import annotations
 
 import pytest

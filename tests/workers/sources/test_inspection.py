@@ -1,3 +1,5 @@
+"""What preflight says of a model, from config and headers alone."""
+
 from __future__ import annotations
 
 import json

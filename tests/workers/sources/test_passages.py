@@ -1,3 +1,5 @@
+"""Calibration and evaluation share no passage."""
+
 from __future__ import annotations
 
 import time

@@ -1,3 +1,5 @@
+"""Safetensors headers that lie are refused before a weight is read."""
+
 from __future__ import annotations
 
 import json

@@ -1,3 +1,5 @@
+"""Texts of a recipe, written for the processes that have no network."""
+
 from __future__ import annotations
 
 import json

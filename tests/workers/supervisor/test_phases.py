@@ -24,6 +24,7 @@ from tests.workers.supervisor.running import (
     work_folders,
 )
 from workers.supervisor import Supervisor
+from workers.supervisor.processes import scrubbed_environment
 
 pytestmark = pytest.mark.service
 
@@ -57,6 +58,15 @@ def test_a_job_runs_its_phases_and_is_published(
     assert b"".join(storage.open_range(f"{artifact.prefix}/config.json")) == b"{}"
     assert work_folders(quick) == []
     assert alive(quick) == []
+
+
+def test_no_process_sees_what_only_begins_like_a_known_name() -> None:
+    strangers = {"LANGCHAIN_API_KEY": "a", "NVIDIA_API_KEY": "b", "PATHWAY_TOKEN": "c", "AWS_SECRET_ACCESS_KEY": "d"}
+    known = {"PATH": "/bin", "LANG": "C", "LC_ALL": "C", "CUDA_VISIBLE_DEVICES": "0", "NVIDIA_VISIBLE_DEVICES": "all"}
+    for network in (False, True):
+        seen = scrubbed_environment({**strangers, **known}, network=network)
+        assert not set(strangers) & set(seen)
+        assert set(known) <= set(seen)
 
 
 def test_only_the_fetching_process_sees_the_hubs_token_and_none_sees_the_services_secrets(
