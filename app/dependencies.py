@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated
 
+from anyio import CapacityLimiter
 from fastapi import Depends, Request
 
 from app.database import Database
@@ -19,6 +20,8 @@ class Parts:
     settings: Settings
     database: Database
     storage: Storage
+    # Threads that submissions have of their own: each may wait for a slow hub, and everybody else must not.
+    submitting: CapacityLimiter = field(default_factory=lambda: CapacityLimiter(16))
 
 
 async def _parts(request: Request) -> Parts:  # async, so that no thread is needed for it

@@ -8,6 +8,7 @@ ServiceError                 status, code, message, param, hint
 │   └── JobNotFoundError     404  no such job, or another tenant's
 ├── ConflictError            409  the thing's status forbids it
 │   └── JobConflictError     409  the job's status forbids it
+├── GoneError                410  what was there has been lost
 ├── PreconditionError        412  the entity is not the one that the caller named
 ├── RangeError               416  no byte of the file lies in the range
 └── UnavailableError         503  something that we need does not answer; try again
@@ -29,6 +30,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from app.body_schema import BodySchema
 from app.storage import StorageError
@@ -104,6 +106,12 @@ class JobConflictError(ConflictError):
 
     def __init__(self, job_id: str, status: str, action: str) -> None:
         super().__init__("job_conflict", f"Job {job_id} is {status}: it cannot {action}.", param="status")
+
+
+class GoneError(ServiceError):
+    """What was there has been lost."""
+
+    status = 410
 
 
 class PreconditionError(ServiceError):
@@ -248,11 +256,22 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
         case 404:
             return problem(404, "route_not_found", f"There is no {path}.")
         case 405:
-            return problem(405, "method_not_allowed", f"{method} is not allowed on {path}.", headers=error.headers)
+            allow = ", ".join(_methods_at(request))
+            detail = f"{method} is not allowed on {path}; {allow} is."
+            return problem(405, "method_not_allowed", detail, headers={"Allow": allow})
         case 413:
             return body_too_large()
         case status:
             return problem(status, HTTPStatus(status).name.lower(), str(error.detail), headers=error.headers)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """Every method that the request's path answers; the framework names those of the first route alone."""
+    methods = set()
+    for path, operations in request.app.openapi()["paths"].items():
+        if compile_path(path.replace("{path}", "{path:path}"))[0].match(request.url.path):
+            methods |= {name.upper() for name in operations}
+    return sorted(methods)
 
 
 def _storage_error(request: Request, error: Exception) -> JSONResponse:

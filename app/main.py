@@ -18,6 +18,7 @@ from app.dependencies import Parts
 from app.events.router import router as events
 from app.health.router import router as health
 from app.jobs.router import router as jobs
+from app.jobs.router import submissions
 from app.settings import Settings, get_settings
 from app.storage import open_storage
 
@@ -54,6 +55,6 @@ def create_app(settings: Settings | None = None) -> FastAPI:
     )
     app.add_middleware(BodyLimit, max_body_bytes=settings.max_body_bytes)
     errors.install(app)
-    for router in (jobs, events, artifacts, catalog, health):
+    for router in (submissions, jobs, events, artifacts, catalog, health):
         app.include_router(router)
     return app

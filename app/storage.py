@@ -146,9 +146,13 @@ class FolderStorage:
         try:
             shutil.rmtree(self._path(prefix))
         except FileNotFoundError:
-            return
+            pass
         except OSError as error:
             raise StorageError(f"cannot delete {prefix}: {error}") from error
+        # Folders are no objects: those that are empty now go with it.
+        with suppress(OSError):
+            for folder in list(self._path(prefix).parents)[: len(PurePosixPath(prefix).parts) - 1]:
+                folder.rmdir()
 
     def check(self) -> None:
         """The folder can be made and written to."""

@@ -50,13 +50,14 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     emit({"event": "stage", "index": 0, "status": "running", "metrics": {}})
     checkpoint = Checkpoint(work / "source" / "model")
     architecture = architecture_of(checkpoint.config)
+    # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
+    skeleton = Skeleton(checkpoint, architecture, compute_device())
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     calibration = _calibration(work, recipe, tokenizer, checkpoint.max_positions, emit)
     probe = tokenize(
         tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"
     )[:NUM_PROBE_TOKENS]
-    skeleton = Skeleton(checkpoint, architecture, compute_device())
     journal = _journal(work, recipe, emit)
 
     def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:

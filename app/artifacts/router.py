@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from app.artifacts import ranges, service
 from app.auth import CurrentPrincipal
@@ -23,6 +23,19 @@ _BYTES: dict[str, Any] = {"content": {"application/octet-stream": {"schema": {"t
 
 class ArtifactFileView(BaseModel):
     """A file of an artifact."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "object": "artifact_file",
+                    "path": "model.safetensors",
+                    "size_bytes": 113_186_400,
+                    "sha256": "9f86d081884c7d659a2feaa0c55ad015a3bf4f1b2b0b822cd15d6c15b0f00a08",
+                }
+            ]
+        }
+    )
 
     object: Literal["artifact_file"]
     path: str
@@ -60,7 +73,7 @@ def list_artifact_files(job_id: str, principal: CurrentPrincipal, parts: AppPart
     "/{path:path}",
     summary="Download a file",
     response_class=Response,
-    responses=responses(412, 416)
+    responses=responses(410, 412, 416)
     | {
         200: {"description": "The file. `ETag` is its sha256.", **_BYTES},
         206: {"description": "The part that `Range` asked for.", **_BYTES},

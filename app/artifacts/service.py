@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from app.artifacts import repository
 from app.artifacts.models import Artifact, ArtifactFile
 from app.artifacts.publishing import PublishedArtifact, PublishedFile, artifact_prefix, publish
-from app.errors import JobNotFoundError, NotFoundError
+from app.errors import GoneError, JobNotFoundError, NotFoundError
 from app.jobs.models import JOB_ID
 from app.storage import ObjectMissingError, Storage, StorageError
 
@@ -75,12 +75,16 @@ def _artifact_of(session: Session, tenant_id: str, job_id: str) -> Artifact | No
 
 
 def open_file(storage: Storage, file: StoredFile, start: int, length: int) -> Iterator[bytes]:
-    """Bytes of a file from ``start`` on."""
+    """Bytes of a file from ``start`` on; raises GoneError ``file_lost`` where the storage has it no more."""
     try:
         return storage.open_range(file.key, start, length)
     except ObjectMissingError:
         logger.error("an artifact's file is gone from storage", extra={"key": file.key})  # noqa: TRY400
-        raise
+        raise GoneError(
+            "file_lost",
+            f"The storage has lost {file.path}, which this artifact had.",
+            hint="Ask whoever runs this service for a backup, or run the job again.",
+        ) from None
 
 
 def find_artifact(session: Session, tenant_id: str, job_id: str) -> tuple[str, list[ArtifactFile]] | None:

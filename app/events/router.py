@@ -6,7 +6,7 @@ from datetime import datetime
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 from app.auth import CurrentPrincipal
 from app.dependencies import AppParts
@@ -18,6 +18,20 @@ router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["jobs"], responses=r
 
 class EventView(BaseModel):
     """Something that happened to a job; ids grow by one."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {
+                    "id": 1,
+                    "object": "event",
+                    "type": "job.queued",
+                    "data": {"queue": "cpu"},
+                    "created_at": "2026-11-22T09:29:20Z",
+                }
+            ]
+        }
+    )
 
     id: int
     object: Literal["event"]

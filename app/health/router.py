@@ -27,7 +27,7 @@ class ReadinessView(BaseModel):
 
 
 @router.get("/healthz", summary="Is the process alive?")
-def healthz() -> HealthView:
+async def healthz() -> HealthView:
     """Always `ok`: whoever is asked can answer."""
     return HealthView(status="ok")
 

@@ -12,12 +12,13 @@ from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
 from workers.errors import JobError, UserError
-from workers.recipe import Recipe
+from workers.recipe import BUILTIN_DATASET, Recipe
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.datasets import check_dataset
 from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
+from workers.sources.texts import is_one_source
 from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.options import group_size_fits
 
@@ -86,7 +87,7 @@ def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:
 
 
 def warnings_of(submission: JobSubmission) -> list[dict[str, Any]]:
-    """What the submission says that will have no effect."""
+    """What the submission says that will have no effect, or another than it may seem."""
     warnings = []
     if submission.constraints.min_accuracy is not None:
         warnings.append(
@@ -95,6 +96,21 @@ def warnings_of(submission: JobSubmission) -> list[dict[str, Any]]:
                 "message": "The evaluation measures no accuracy, because its data has no labels that a causal language "
                 "model could be scored on: min_accuracy is not checked.",
                 "param": "constraints.min_accuracy",
+            }
+        )
+    calibration, evaluation = submission.recipe.calibration, submission.recipe.evaluation
+    if (
+        submission.recipe.statistics
+        and evaluation.dataset != BUILTIN_DATASET
+        and is_one_source(calibration, evaluation)
+        and not evaluation.allow_overlap
+    ):
+        warnings.append(
+            {
+                "code": "text_divided",
+                "message": "Calibration and evaluation name one text: every third document of it (of fewer than three, "
+                "the last third) is kept for evaluation alone.",
+                "param": "recipe.evaluation.dataset",
             }
         )
     if submission.recipe.training is not None and not any(

@@ -6,10 +6,11 @@ import hashlib
 import json
 from typing import Annotated, Any
 
+from anyio import to_thread
 from fastapi import APIRouter, Depends, Header, Query, Request, Response
 from sqlalchemy.orm import Session
 
-from app.auth import BearerCredentials, CurrentPrincipal, authenticate
+from app.auth import BearerCredentials, CurrentPrincipal, KeyBeforeBody, authenticate
 from app.dependencies import AppParts
 from app.errors import responses
 from app.jobs import service
@@ -20,6 +21,7 @@ from app.jobs.service import Idempotency, JobService
 from app.jobs.views import view_of
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=responses(401))
+submissions = APIRouter(prefix="/v1/jobs", tags=["jobs"], responses=responses(401), route_class=KeyBeforeBody)
 
 _IdempotencyKey = Annotated[
     str | None,
@@ -46,7 +48,7 @@ async def _idempotency(request: Request, key: _IdempotencyKey = None) -> Idempot
     return Idempotency(key, hashlib.sha256(body).hexdigest())
 
 
-@router.post(
+@submissions.post(
     "",
     status_code=202,
     summary="Submit a job",
@@ -64,7 +66,7 @@ async def _idempotency(request: Request, key: _IdempotencyKey = None) -> Idempot
         }
     },
 )
-def submit_job(
+async def submit_job(
     submission: JobSubmission,
     principal: CurrentPrincipal,
     parts: AppParts,
@@ -73,7 +75,9 @@ def submit_job(
 ) -> JobView:
     """Check the model, the data and the recipe, then queue the job."""
     jobs = JobService(parts.settings, parts.database, parts.storage)
-    shown, is_replayed = jobs.submit(principal.tenant_id, submission, idempotency)
+    shown, is_replayed = await to_thread.run_sync(
+        jobs.submit, principal.tenant_id, submission, idempotency, limiter=parts.submitting
+    )
     response.headers["Location"] = f"/v1/jobs/{shown.job.id}"
     if is_replayed:
         response.headers["Idempotency-Replayed"] = "true"

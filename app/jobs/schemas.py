@@ -30,6 +30,39 @@ SUBMISSION_EXAMPLE: dict[str, Any] = {
 }
 
 
+JOB_EXAMPLE: dict[str, Any] = {
+    "id": "job_01KAN5V6D7Q0T3X8Z2B4C6E8GH",
+    "object": "job",
+    "status": "running",
+    "attempt": 1,
+    "model": {"id": SUBMISSION_EXAMPLE["model"]["id"], "revision": "12fd25f77366fa6b3b4b768ec3050bf629380bac"},
+    "recipe": SUBMISSION_EXAMPLE["recipe"],
+    "constraints": SUBMISSION_EXAMPLE["constraints"],
+    "queue": "cpu",
+    "priority": 0,
+    "timeout_seconds": 86_400,
+    "progress": {
+        "fraction": 0.31,
+        "stage": 0,
+        "step": "model.layers.12",
+        "block": 12,
+        "num_blocks": 30,
+        "eta_seconds": 84,
+        "queue_position": None,
+        "heartbeat_at": "2026-11-22T09:30:12Z",
+    },
+    "stages": [{"index": 0, "technique": "gptq", "status": "running", "metrics": {}}],
+    "result": None,
+    "error": None,
+    "warnings": [],
+    "metadata": {"team": "search"},
+    "retry_of": None,
+    "created_at": "2026-11-22T09:29:20Z",
+    "started_at": "2026-11-22T09:29:20Z",
+    "finished_at": None,
+}
+
+
 class _Sent(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -207,6 +240,8 @@ class WarningView(BaseModel):
 
 class JobView(BaseModel):
     """A job."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [JOB_EXAMPLE]})
 
     id: str
     object: Literal["job"]

@@ -24,6 +24,11 @@ def test_without_a_bearer_key_there_is_no_answer(client: TestClient, header: str
     assert code_of(client, header) == (401, "missing_api_key")
 
 
+def test_a_body_is_not_read_for_those_without_a_key(client: TestClient) -> None:
+    headers = {"Content-Type": "application/json"}
+    assert client.post("/v1/jobs", content=b"not JSON", headers=headers).json()["code"] == "missing_api_key"
+
+
 @pytest.mark.parametrize("secret", ["attar_" + "x" * 43, "attar_x", "x" * 5000, "attar_'; DROP TABLE jobs; --", "é"])
 def test_an_unknown_key_is_refused(client: TestClient, secret: str) -> None:
     assert code_of(client, f"Bearer {secret}") == (401, "invalid_api_key")

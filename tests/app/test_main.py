@@ -8,6 +8,7 @@ import pytest
 from openapi_spec_validator import validate
 from starlette.testclient import TestClient
 
+from app.jobs.schemas import JOB_EXAMPLE, SUBMISSION_EXAMPLE, JobSubmission, JobView
 from app.main import create_app
 from app.settings import Settings
 
@@ -54,6 +55,11 @@ def test_a_recipe_may_be_a_preset_and_the_submission_has_an_example(
     assert submission["examples"]
 
 
+def test_examples_are_what_the_service_itself_would_take_and_give() -> None:
+    JobSubmission.model_validate(SUBMISSION_EXAMPLE)
+    assert JobView.model_validate(JOB_EXAMPLE).model_dump(mode="json")["progress"] == JOB_EXAMPLE["progress"]
+
+
 def test_an_unknown_route_is_a_problem(client: TestClient) -> None:
     answer = client.get("/v1/nothing")
     assert answer.status_code == 404
@@ -74,7 +80,8 @@ def test_a_wrong_method_is_a_problem_that_names_the_right_ones(client: TestClien
     answer = client.put("/v1/jobs")
     assert answer.status_code == 405
     assert answer.json()["code"] == "method_not_allowed"
-    assert "POST" in answer.headers["allow"] or "GET" in answer.headers["allow"]
+    assert answer.headers["allow"] == "GET, POST"
+    assert client.post("/v1/jobs/x/artifacts/deep/file").headers["allow"] == "GET"
 
 
 @pytest.mark.parametrize("is_chunked", [False, True])

@@ -91,6 +91,16 @@ def test_deleting_a_prefix_spares_its_neighbours(storage: Storage) -> None:
     assert storage.size("a/10/x") == storage.size("b") == 1
 
 
+def test_deleting_leaves_no_empty_folder(tmp_path: Path) -> None:
+    storage = FolderStorage(tmp_path / "root")
+    for key in ("artifacts/job/1/x", "artifacts/job/2/x"):
+        storage.put_bytes(key, b"1")
+    storage.delete_prefix("artifacts/job/1")
+    assert storage.size("artifacts/job/2/x") == 1
+    storage.delete_prefix("artifacts/job/2")
+    assert not (tmp_path / "root" / "artifacts").exists()
+
+
 def test_a_download_is_a_file_of_ones_own(storage: Storage, tmp_path: Path) -> None:
     storage.put_bytes("a/file", b"content")
     storage.download("a/file", tmp_path / "copy")

@@ -229,6 +229,7 @@ def test_a_model_that_changes_during_the_job_ends_it(tmp_path: Path) -> None:
     ("changes", "code"),
     [
         ({"hidden_act": "boom"}, "invalid_config"),
+        ({"rms_norm_eps": "a"}, "invalid_config"),
         ({"num_key_value_heads": 0}, "invalid_config"),
         ({"pad_token_id": 99_999}, "invalid_config"),
         ({"head_dim": 8}, "checkpoint_mismatch"),

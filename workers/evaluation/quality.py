@@ -29,6 +29,8 @@ class Estimate:
 class TokenMeasures:
     """What each scored token gave: float64, one value a token."""
 
+    num_windows: int
+    max_seq_length: int  # tokens of the longest window
     original_loss: Tensor  # −log p of the true next token, nats
     loss: Tensor
     divergence: Tensor  # KL(original ‖ artifact), nats
@@ -42,6 +44,8 @@ class TokenMeasures:
         divergence, agreement = mean_with_error(self.divergence), mean_with_error(self.agreement)
         return {
             "num_tokens": self.loss.numel(),
+            "num_windows": self.num_windows,
+            "max_seq_length": self.max_seq_length,
             "original_perplexity": original.value,
             "original_perplexity_standard_error": original.standard_error,
             "perplexity": artifact.value,
@@ -89,7 +93,11 @@ def measure(original: Any, artifact: Any, windows: list[Tensor], progress: Calla
             chunk = slice(first, first + _TOKENS_AT_A_TIME)
             parts.append(_compare(before[chunk].float(), after[chunk].float(), targets[chunk]))
         progress((number + 1) / len(windows))
-    measures = TokenMeasures(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    measures = TokenMeasures(
+        len(windows),
+        max(window.numel() for window in windows),
+        *(torch.cat(values) for values in zip(*parts, strict=True)),
+    )
     for name, values in (("original", measures.original_loss), ("compressed model", measures.loss)):
         if not bool(torch.isfinite(values).all()):
             raise UserError(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from workers.errors import CrashError
 
 LOAD_SNIPPET = """\
+# pip install torch transformers compressed-tensors
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")

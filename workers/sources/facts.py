@@ -17,6 +17,7 @@ SourceFormat = Literal["safetensors", "gguf"]
 _BOOKKEEPING = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
 _PACKED = ".weight_packed"
 _MAX_DIMENSION = 2**24
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -91,12 +92,16 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     quantization = config.get("quantization_config")
     if quantization is not None:
         _check_quantization(quantization)
+        if not any(name.endswith(_BOOKKEEPING) for name in tensors):
+            raise _invalid("quantization_config is there, and no tensor is quantized")
     row = _row(config)
     if row is None:
         return
     sizes = ("hidden_size", row.intermediate_size, "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for key in (*sizes, row.embedding_size):
+    for key in (*sizes, row.embedding_size, *_OPTIONAL_SIZES):
         value = config.get(key)
+        if key in _OPTIONAL_SIZES and value is None:
+            continue
         if type(value) is not int or not 1 <= value <= _MAX_DIMENSION:
             raise _invalid(f"{key} in config.json is not a positive number of a sensible size")
     embedding = tensors.get(f"{row.embedding}.weight")

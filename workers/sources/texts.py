@@ -40,7 +40,7 @@ def write_texts(
         _TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
     ):
         sources = _Sources(model_roots, token)
-        if _is_one_source(calibration, evaluation) and not evaluation.allow_overlap:
+        if is_one_source(calibration, evaluation) and not evaluation.allow_overlap:
             with _located("recipe.evaluation.dataset"):
                 divide(sources.texts(evaluation), calibrating.add, evaluating.add)
         else:
@@ -207,7 +207,8 @@ class _located:  # noqa: N801 - used as a function, in `with`
             located(error, self._param)
 
 
-def _is_one_source(calibration: Calibration, evaluation: Evaluation) -> bool:
+def is_one_source(calibration: Calibration, evaluation: Evaluation) -> bool:
+    """Whether both name one text, which is divided between them then."""
     return calibration.text_field == evaluation.text_field and _same(calibration.dataset) == _same(evaluation.dataset)
 
 

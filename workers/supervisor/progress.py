@@ -79,7 +79,8 @@ class Progress:
         if self._eta is None:
             return None
         seconds_left, estimated_at = self._eta
-        return max(0, round(seconds_left - (self._clock() - estimated_at)))
+        # It has not ended: what takes longer than was thought is nearly there, not there.
+        return max(1, round(seconds_left - (self._clock() - estimated_at)))
 
     def _estimate(self, phase_fraction: float) -> None:
         """From the pace of the running phase: how long a fetch took says nothing of the computing after it."""

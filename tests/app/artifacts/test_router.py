@@ -150,7 +150,7 @@ def test_a_file_that_storage_lost_is_an_answer_not_a_broken_stream(
     path.rename(tmp_path / "gone")
     answer = client.get(f"{published.url}/empty.txt", headers=auth)
     (tmp_path / "gone").rename(path)
-    assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+    assert (answer.status_code, answer.json()["code"]) == (410, "file_lost")
 
 
 def test_discarded_files_are_gone(settings: Settings, tmp_path: Path) -> None:

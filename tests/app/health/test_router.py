@@ -1,5 +1,7 @@
 """Alive is not ready: what is missing is named."""
 
+import socket
+import time
 from pathlib import Path
 
 import psycopg
@@ -44,6 +46,16 @@ def test_an_unusable_storage_is_told(settings: Settings, tmp_path: Path) -> None
     (tmp_path / "file").touch()
     status, detail = readiness(settings.model_copy(update={"storage_url": (tmp_path / "file").as_uri()}))
     assert (status, detail) == (503, "storage cannot be used.")
+
+
+def test_a_database_that_stands_still_is_told_in_time(settings: Settings) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"postgresql://attar@127.0.0.1:{silent.getsockname()[1]}/attar"
+        begin = time.monotonic()
+        status, detail = readiness(settings.model_copy(update={"database_url": url}))
+    assert status == 503
+    assert "database does not answer" in detail
+    assert time.monotonic() - begin < 10
 
 
 def test_a_database_that_was_not_migrated_is_told(settings: Settings) -> None:

@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -155,6 +158,25 @@ def test_a_hub_that_is_down_is_no_fault_of_the_request(
     answer = client.post("/v1/jobs", json={"model": {"id": "org/name"}, "recipe": "int8"}, headers=auth)
     assert (answer.status_code, answer.json()["code"]) == (503, "hub_unreachable")
     assert answer.headers["retry-after"]
+
+
+def test_submissions_that_wait_for_a_hub_hold_up_nobody_else(
+    client: TestClient, auth: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=100) as silent, ThreadPoolExecutor(50) as senders:
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        body = {"model": {"id": "org/name"}, "recipe": "int8"}
+        waiting = [senders.submit(client.post, "/v1/jobs", json=body, headers=auth) for _ in range(50)]
+        silent.settimeout(20)
+        held = [silent.accept() for _ in range(4)]
+        begin = time.monotonic()
+        assert client.get("/v1/jobs", headers=auth).status_code == 200
+        assert client.get("/healthz").status_code == 200
+        assert time.monotonic() - begin < 5
+        for connection, _ in held:
+            connection.close()
+        silent.close()
+        assert {future.result().json()["code"] for future in waiting} == {"hub_unreachable"}
 
 
 def test_a_fifo_in_place_of_a_file_does_not_hang_the_service(

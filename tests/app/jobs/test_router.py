@@ -79,6 +79,20 @@ def test_what_has_no_effect_is_a_warning(client: TestClient, auth: dict[str, str
     ]
 
 
+@pytest.mark.parametrize(("num_warnings", "changes"), [(1, {}), (0, {"allow_overlap": True})])
+def test_a_text_that_is_divided_is_told(
+    client: TestClient, auth: dict[str, str], model_id: str, num_warnings: int, changes: dict[str, bool]
+) -> None:
+    dataset = {"texts": ["some words to count", "and more of them"]}
+    recipe = {
+        "stages": [{"technique": "gptq", "group_size": 64}],
+        "calibration": {"dataset": dataset},
+        "evaluation": {"dataset": dataset, **changes},
+    }
+    codes = [warning["code"] for warning in submit(client, auth, model_id, recipe=recipe)["warnings"]]
+    assert codes == ["text_divided"] * num_warnings
+
+
 def test_long_inline_texts_are_stored_whole_and_shown_short(
     client: TestClient, auth: dict[str, str], model_id: str, database: Database
 ) -> None:
