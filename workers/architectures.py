@@ -6,11 +6,21 @@ checkpoint, and which linear layers of a block share one input.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from workers.errors import UserError
+
+
+@dataclass(frozen=True)
+class Producer:
+    """What makes the input of some linear layers, and of nothing else, so that it can take over a scale from them."""
+
+    name: str  # of the module, within its block
+    # `linear`: each row makes one column of that input, through nothing that a positive factor would not pass.
+    kind: Literal["norm", "norm_plus_one", "linear"]
+    only_if: tuple[tuple[str, Any], ...] = ()  # what config.json has to say for this to hold
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,14 @@ class Architecture:
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     )
+    # Producers of inputs, by the first layer that reads each.
+    producers: Mapping[str, Producer] = field(
+        default_factory=lambda: {
+            "self_attn.q_proj": Producer("input_layernorm", "norm"),
+            "mlp.gate_proj": Producer("post_attention_layernorm", "norm"),
+            "mlp.down_proj": Producer("mlp.up_proj", "linear"),
+        }
+    )
     # What config.json says when it is silent, and how it calls sizes that others call by Llama's names.
     ties_by_default: bool = False
     intermediate_size: str = "intermediate_size"
@@ -42,6 +60,13 @@ class Architecture:
     def linear_layers(self) -> tuple[str, ...]:
         """Every linear layer of one block."""
         return tuple(name for group in self.linear_groups for name in group)
+
+    def producer(self, group: Sequence[str], config: Mapping[str, Any]) -> Producer | None:
+        """What makes the input of a group of linear layers; None where nothing could take over a scale."""
+        producer = self.producers.get(group[0])
+        if producer is None or any(config.get(key, value) != value for key, value in producer.only_if):
+            return None
+        return producer
 
     def is_tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the head is the embedding's matrix."""
@@ -55,7 +80,15 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         Architecture("mistral"),
         Architecture("qwen2"),
         Architecture("qwen3"),
-        Architecture("gemma3_text", ties_by_default=True),
+        Architecture(
+            "gemma3_text",
+            producers={
+                "self_attn.q_proj": Producer("input_layernorm", "norm_plus_one"),
+                "mlp.gate_proj": Producer("pre_feedforward_layernorm", "norm_plus_one"),
+                "mlp.down_proj": Producer("mlp.up_proj", "linear"),
+            },
+            ties_by_default=True,
+        ),
         Architecture(
             "phi3",
             linear_groups=(
@@ -64,6 +97,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 ("mlp.gate_up_proj",),
                 ("mlp.down_proj",),
             ),
+            producers={
+                "self_attn.qkv_proj": Producer("input_layernorm", "norm"),
+                "mlp.gate_up_proj": Producer("post_attention_layernorm", "norm"),
+            },
         ),
         Architecture(
             "opt",
@@ -81,6 +118,12 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 ("fc1",),
                 ("fc2",),
             ),
+            # A norm after its layers, as OPT-350m has it, feeds the residual stream too.
+            producers={
+                "self_attn.q_proj": Producer("self_attn_layer_norm", "norm", (("do_layer_norm_before", True),)),
+                "fc1": Producer("final_layer_norm", "norm", (("do_layer_norm_before", True),)),
+                "fc2": Producer("fc1", "linear", (("activation_function", "relu"),)),
+            },
             ties_by_default=True,
             intermediate_size="ffn_dim",
             embedding_size="word_embed_proj_dim",
@@ -98,6 +141,10 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 ("mlp.dense_h_to_4h",),
                 ("mlp.dense_4h_to_h",),
             ),
+            producers={
+                "attention.query_key_value": Producer("input_layernorm", "norm"),
+                "mlp.dense_h_to_4h": Producer("post_attention_layernorm", "norm"),
+            },
         ),
     )
 }

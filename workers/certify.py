@@ -15,15 +15,16 @@ from workers.engine.device import compute_device
 from workers.engine.text import read_documents, tokenize
 from workers.errors import CrashError, JobError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.quality import measure, windows_of
-from workers.evaluation.size import measure_sparsity, weights_bytes
+from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_runs, measure_speed
 from workers.fingerprint import fingerprint
-from workers.formats.opening import LOAD_SNIPPET, Opened, open_checkpoint
+from workers.formats.opening import Opened, open_checkpoint
 from workers.formats.parts import write_json
 from workers.model_card import model_card
 from workers.recipe import Recipe
+from workers.report import check_constraints, outcome_of, report_of, speed_part
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import PruningOptions
+from workers.techniques import PruningOptions, QuantizationOptions
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -39,8 +40,9 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     Returns ``result`` (what a job shows) and ``constraints_violated``.
 
     Raises:
-        CrashError: ``artifact_mismatch`` or ``artifact_incomplete``: the artifact is not what was computed.
-        UserError: ``not_smaller``, ``zeros_missing`` or ``non_finite_evaluation``.
+        CrashError: ``artifact_mismatch``, ``artifact_incomplete``, ``zeros_missing`` or ``not_on_grid``: the artifact
+            is not what was computed.
+        UserError: ``not_smaller`` or ``non_finite_evaluation``.
     """
     begin = time.perf_counter()
     recipe = Recipe.model_validate(request["recipe"])
@@ -60,57 +62,35 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     _check_logits(artifact.model, work / "probe.safetensors")
     size = _check_size(work / "artifact", source, recipe)
     _warn_of_size(size, emit)
-    stages = _prove_zeros(artifact.model, recipe, compressed["stages"])
+    stages = _prove_stages(artifact.model, recipe, compressed["stages"])
     quality = _quality(
         work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)
     )
     progress("certify.speed", 0.85)
+    opened = {"original": original, "artifact": artifact}
     speeds, texts = measure_speed(
-        {"original": original.model, "artifact": artifact.model}, artifact.tokenizer, recipe.evaluation.prompt
+        {name: each.model for name, each in opened.items()}, artifact.tokenizer, recipe.evaluation.prompt
     )
-    constraints = check_constraints(request.get("constraints", {}), quality, size)
-    report = {
-        "version": 1,
-        "job_id": request["job_id"],
-        "model": {"id": request["model"]["id"], "revision": source["revision"]},
-        "size": size,
-        "quality": quality,
-        "speed": {
-            name: {
-                "load_seconds": opened.load_seconds,
-                "first_token_seconds": speeds[name].first_token_seconds,
-                "tokens_per_second": speeds[name].tokens_per_second,
-            }
-            for name, opened in (("original", original), ("artifact", artifact))
+    report = report_of(
+        request,
+        source["revision"],
+        {
+            "size": size,
+            "quality": quality,
+            "speed": speed_part(opened, speeds),
+            "generation": {"prompt": recipe.evaluation.prompt, **texts},
+            "stages": stages,
+            "constraints": check_constraints(request.get("constraints", {}), quality, size),
+            "environment": fingerprint(work / "source" / "data.json"),
+            "timings": {
+                "compress_seconds": compressed["seconds"],
+                "certify_seconds": round(time.perf_counter() - begin, 3),
+            },
         },
-        "generation": {"prompt": recipe.evaluation.prompt, **texts},
-        "stages": stages,
-        "constraints": constraints,
-        "environment": fingerprint(work / "source" / "data.json"),
-        "timings": {
-            "compress_seconds": compressed["seconds"],
-            "certify_seconds": round(time.perf_counter() - begin, 3),
-        },
-        "load_snippet": LOAD_SNIPPET.format(folder="path/to/artifact", prompt="Hello"),
-    }
+    )
     write_json(work / "artifact" / "report.json", report)
     (work / "artifact" / "README.md").write_text(model_card(report, request["recipe"]), encoding="utf-8")
-    return {
-        "result": {
-            "size_bytes": size["artifact_bytes"],
-            "original_size_bytes": size["original_bytes"],
-            "compression_ratio": size["compression_ratio"],
-            "perplexity": quality["perplexity"],
-            "original_perplexity": quality["original_perplexity"],
-            "accuracy": None,
-            "original_accuracy": None,
-        },
-        "constraints_violated": [
-            {key: item[key] for key in ("name", "limit", "value")}
-            for item in constraints
-            if item["status"] == "violated"
-        ],
-    }
+    return outcome_of(report)
 
 
 @torch.inference_mode()
@@ -131,9 +111,10 @@ def _check_logits(model: Any, probe: Path) -> None:
 
 
 def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Bytes before and after. A result has to be smaller, unless it proves zeros instead."""
+    """Bytes before and after. A result has to be smaller, unless its weights prove what was done to them."""
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
-    if artifact_bytes >= original_bytes and not any(isinstance(stage, PruningOptions) for stage in recipe.stages):
+    is_proven = any(isinstance(stage, PruningOptions) for stage in recipe.stages) or not recipe.stores_codes
+    if artifact_bytes >= original_bytes and not is_proven:
         raise UserError(
             "not_smaller",
             f"The result has {artifact_bytes:,} bytes and the original's parameters have {original_bytes:,}: "
@@ -162,7 +143,7 @@ def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
         )
         emit({**warning, "code": "larger_than_source_file", "message": message})
     elif size["compression_ratio"] < NEARLY_EQUAL:
-        message = f"The result has {artifact} bytes and the original {original}: larger on disk, for its proven zeros."
+        message = f"The result has {artifact} bytes and the original {original}: it is larger on disk."
         emit({**warning, "code": "larger_than_original", "message": message})
 
 
@@ -175,20 +156,37 @@ def _open_original(folder: Path, device: torch.device) -> Opened:
         raise model_unusable(error) from error
 
 
-def _prove_zeros(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stages' reports, with the zeros that pruning left in the reopened artifact."""
+def _prove_stages(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The stages' reports, with what the weights of the reopened artifact prove of each."""
     for stage, report in zip(recipe.stages, stages, strict=True):
-        if not isinstance(stage, PruningOptions):
-            continue
-        assert stage.sparsity is not None
-        found = measure_sparsity(model, list(report["layers"]), stage.sparsity, stage.pattern)
-        if found.layers_below:
-            raise CrashError(
-                "zeros_missing",
-                f"{len(found.layers_below)} layers have fewer zeros than asked for, the first {found.layers_below[0]}.",
-            )
-        report["metrics"] |= {"sparsity": found.fraction, "num_zeros": found.num_zeros}
+        if isinstance(stage, PruningOptions):
+            report["metrics"] |= _prove_zeros(model, stage, list(report["layers"]))
+        elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes:
+            sizes = {name: layer["group_size"] for name, layer in report["layers"].items()}
+            report["metrics"] |= _prove_grid(model, stage, sizes)
     return stages
+
+
+def _prove_zeros(model: Any, stage: PruningOptions, layers: list[str]) -> dict[str, Any]:
+    assert stage.sparsity is not None
+    found = measure_sparsity(model, layers, stage.sparsity, stage.pattern)
+    if found.layers_below:
+        raise CrashError(
+            "zeros_missing",
+            f"{len(found.layers_below)} layers have fewer zeros than asked for, the first {found.layers_below[0]}.",
+        )
+    return {"sparsity": found.fraction, "num_zeros": found.num_zeros}
+
+
+def _prove_grid(model: Any, stage: QuantizationOptions, group_sizes: dict[str, int]) -> dict[str, Any]:
+    """Values that no codes are stored for have to be as few as codes would be."""
+    num_bits = stage.facts.num_bits
+    off_grid = layers_off_grid(model, group_sizes, num_bits)
+    if off_grid:
+        raise CrashError(
+            "not_on_grid", f"{len(off_grid)} layers hold more values than {stage.scheme} has, the first {off_grid[0]}."
+        )
+    return {"theoretical_packed_bytes": packed_bytes(model, group_sizes, num_bits, symmetric=stage.symmetric)}
 
 
 def _quality(
@@ -210,22 +208,3 @@ def _quality(
     positions = getattr(original.model.config, "max_position_embeddings", None) or wanted.max_seq_length
     windows = windows_of(ids, wanted.num_tokens, min(wanted.max_seq_length, positions))
     return measure(original.model, artifact.model, windows, progress).to_report()
-
-
-def check_constraints(
-    constraints: dict[str, Any], quality: dict[str, Any], size: dict[str, Any]
-) -> list[dict[str, Any]]:
-    """Each constraint with what was measured: ``met``, ``violated``, or ``not_applicable`` where nothing was."""
-    measured = {
-        "max_perplexity_ratio": (quality["perplexity_ratio"], 1),
-        "max_size_bytes": (size["artifact_bytes"], 1),
-        "min_accuracy": (None, -1),
-    }
-    checked = []
-    for name, limit in constraints.items():
-        if limit is None:
-            continue
-        value, sign = measured[name]
-        status = "not_applicable" if value is None else "met" if sign * value <= sign * limit else "violated"
-        checked.append({"name": name, "limit": limit, "value": value, "status": status})
-    return checked

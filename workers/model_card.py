@@ -57,7 +57,7 @@ Layers that got something else than what was asked for: {fallbacks}; `report.jso
 
 def _change(size: dict[str, Any]) -> str:
     ratio = size["compression_ratio"]
-    change = f"{ratio:.2f} times smaller" if ratio >= 1.005 else "no smaller on disk; its zeros were counted"
+    change = f"{ratio:.2f} times smaller" if ratio >= 1.005 else "no smaller on disk: its weights are stored in full"
     if size["original_format"] == "gguf":
         change += (
             f" than the 16-bit parameters that the GGUF file stands for; the file itself has "

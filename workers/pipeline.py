@@ -150,7 +150,10 @@ def _export(
     if streamed.grids:
         assert recipe.output.packing is not None
         config["quantization_config"] = compressed_tensors.quantization_config(
-            streamed.grids, skeleton.linear_layers, recipe.output.packing
+            streamed.grids,
+            skeleton.linear_layers,
+            recipe.output.packing,
+            quantizes_activations=recipe.quantizes_activations,
         )
     write_json(folder / "config.json", config)
     for pattern in COMPANION_FILES:

@@ -9,13 +9,13 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from workers.techniques import QuantizationOptions, Stage
-from workers.techniques.options import Statistic
+from workers.techniques import TECHNIQUES, QuantizationOptions, Stage
+from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, Statistic
 
 RECIPE_VERSION: Literal[1] = 1
 
 Format = Literal["compressed-tensors", "safetensors"]
-Packing = Literal["pack-quantized", "int-quantized"]
+Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
 _DATASET = re.compile(r"(builtin|hub|file):[^\x00-\x1f\x7f]{1,500}")
 
@@ -101,7 +101,10 @@ class Output(_Part):
     format: Format | None = None
     packing: Annotated[
         Packing | None,
-        Field(description="How compressed-tensors stores codes: packed into 32-bit words, or one byte each (8 bits)."),
+        Field(
+            description="How compressed-tensors stores codes: packed into 32-bit words, or one byte each (8 bits; "
+            "FP8 as floats). Null for what the scheme is stored in."
+        ),
     ] = None
 
 
@@ -127,11 +130,11 @@ class Recipe(_Part):
         if not isinstance(output, Mapping) or not isinstance(stages, list):
             return data
         output = dict(output)
-        quantizes = any(isinstance(stage, Mapping) and str(stage.get("technique")) in _QUANTIZING for stage in stages)
+        packings = [packing for packing in map(_packing_of, stages) if packing is not None]
         if output.get("format") is None:
-            output["format"] = "compressed-tensors" if quantizes else "safetensors"
+            output["format"] = "compressed-tensors" if packings else "safetensors"
         if output["format"] == "compressed-tensors" and output.get("packing") is None:
-            output["packing"] = "pack-quantized"
+            output["packing"] = packings[0] if packings else "pack-quantized"
         return {**data, "output": output}
 
     @model_validator(mode="after")
@@ -145,12 +148,40 @@ class Recipe(_Part):
         return frozenset().union(*(stage.statistics for stage in self.stages))
 
     @property
+    def stores_codes(self) -> bool:
+        """Whether quantized layers are stored as codes, and not as the values that those stand for."""
+        return self.output.packing is not None
+
+    @property
+    def quantizes_activations(self) -> bool:
+        """Whether quantized layers also quantize what they read, whenever the model runs."""
+        return self.quantization is not None and self.quantization.facts.quantizes_activations
+
+    @property
     def quantization(self) -> QuantizationOptions | None:
         """The stage that quantizes, if there is one."""
         return next((stage for stage in self.stages if isinstance(stage, QuantizationOptions)), None)
 
 
-_QUANTIZING = frozenset({"round_to_nearest", "gptq"})
+def _packing_of(stage: object) -> Packing | None:
+    """How the codes of a stage, not yet validated, are stored by default; None where they are not."""
+    technique = TECHNIQUES.get(str(stage.get("technique"))) if isinstance(stage, Mapping) else None
+    if technique is None or not issubclass(technique, QuantizationOptions):
+        return None
+    assert isinstance(stage, Mapping)
+    scheme = SCHEMES.get(str(stage.get("scheme", technique.model_fields["scheme"].default)))
+    return packings_of(scheme)[0] if scheme is not None and packings_of(scheme) else None
+
+
+def packings_of(scheme: SchemeFacts) -> tuple[Packing, ...]:
+    """The ways in which compressed-tensors stores codes of a scheme, the usual one first; none for odd widths."""
+    if scheme.is_float:
+        return ("float-quantized",)
+    if scheme.quantizes_activations:
+        return ("int-quantized",)
+    if scheme.num_bits not in PACKED_BITS:
+        return ()
+    return ("pack-quantized", "int-quantized") if scheme.num_bits == 8 else ("pack-quantized",)
 
 
 class RecipeError(ValueError):
@@ -182,19 +213,33 @@ def check_stages(recipe: Recipe) -> None:
             "output.format",
             "compressed-tensors stores quantized layers and no stage quantizes; use safetensors",
         )
-    if output.format == "safetensors" and quantization is not None:
+    if output.format == "safetensors" and output.packing is not None:
+        raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
+    if quantization is not None:
+        _check_output_of(quantization, output)
+
+
+def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:
+    """Raise RecipeError ``output_format_impossible`` where the output cannot say what the stage did."""
+    scheme, packings = quantization.facts, packings_of(quantization.facts)
+    if output.format == "safetensors":
+        if scheme.quantizes_activations:
+            raise RecipeError(
+                "output_format_impossible",
+                "output.format",
+                f"plain safetensors cannot say that activations are quantized, as {quantization.scheme} does; "
+                "use compressed-tensors",
+            )
+    elif not packings:
         raise RecipeError(
             "output_format_impossible",
             "output.format",
-            "plain safetensors would store the quantized weights at full width, no smaller than the original; "
-            "use compressed-tensors",
+            f"compressed-tensors packs codes of 4 and 8 bits and {quantization.scheme} has {scheme.num_bits}; "
+            "use safetensors, which stores their values at full width",
         )
-    if output.format == "safetensors" and output.packing is not None:
-        raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
-    if output.packing == "int-quantized" and quantization is not None and quantization.num_bits != 8:
+    elif output.packing not in packings:
         raise RecipeError(
             "output_format_impossible",
             "output.packing",
-            f"int-quantized stores one byte a weight and {quantization.scheme} has {quantization.num_bits} bits; "
-            "use pack-quantized",
+            f"{quantization.scheme} is stored as {' or '.join(packings)}, not as {output.packing}",
         )

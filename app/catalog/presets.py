@@ -40,6 +40,11 @@ PRESETS: dict[str, Preset] = {
             _recipe({"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 64, "clip_search": True}),
         ),
         Preset(
+            "fp8",
+            "FP8 weights and activations: half of the linear layers' bytes, for GPUs that multiply FP8.",
+            _recipe({"technique": "round_to_nearest", "scheme": "FP8"}),
+        ),
+        Preset(
             "sparse50",
             "Half of the linear layers' weights become zero, by SparseGPT; takes minutes. The bytes on disk stay.",
             _recipe({"technique": "sparsegpt", "sparsity": 0.5}),

@@ -98,6 +98,16 @@ def warnings_of(submission: JobSubmission) -> list[dict[str, Any]]:
                 "param": "constraints.min_accuracy",
             }
         )
+    quantization = submission.recipe.quantization
+    if quantization is not None and not submission.recipe.stores_codes:
+        warnings.append(
+            {
+                "code": "stored_in_full",
+                "message": f"The {quantization.scheme} values are stored at the model's own width: the result is no "
+                "smaller on disk. The report states their packed size.",
+                "param": "recipe.output.format",
+            }
+        )
     calibration, evaluation = submission.recipe.calibration, submission.recipe.evaluation
     if (
         submission.recipe.statistics

@@ -35,6 +35,7 @@ SPARSE_INT4: list[dict[str, Any]] = [
     {"technique": "sparsegpt", "sparsity": 0.3},
     {"technique": "gptq", "scheme": "W4A16", "group_size": 32},
 ]
+SMOOTH: list[dict[str, Any]] = [{"technique": "smoothquant"}]
 EACH: list[dict[str, Any]] = [
     {"technique": "round_to_nearest", "scheme": "W8A16", "group_size": None},
     {"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 32, "symmetric": False},
@@ -42,6 +43,10 @@ EACH: list[dict[str, Any]] = [
     {"technique": "magnitude", "sparsity": 0.5},
     {"technique": "wanda", "mask_structure": "2:4"},
     {"technique": "sparsegpt", "sparsity": 0.5},
+    {"technique": "awq", "scheme": "W4A16", "group_size": 32},
+    {"technique": "dynamic_int8"},
+    {"technique": "round_to_nearest", "scheme": "FP8"},
+    {"technique": "gptq", "scheme": "W3A16", "group_size": 32},
 ]
 
 
@@ -53,6 +58,7 @@ def test_every_architecture_is_tried() -> None:
     "stages",
     [
         SPARSE_INT4,
+        SMOOTH,
         *(pytest.param([stage], marks=pytest.mark.long, id=" ".join(map(str, stage.values()))) for stage in EACH),
     ],
 )

@@ -46,6 +46,18 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"stages": [GPTQ]},
         {"stages": [{**GPTQ, "symmetric": False, "act_order": False, "clip_search": False}]},
         {"stages": [{**GPTQ, "scheme": "W8A16", "group_size": None}]},
+        {"stages": [{**GPTQ, "scheme": "W3A16"}]},
+        {"stages": [{"technique": "gptq", "scheme": "W8A8"}]},
+        {"stages": [{"technique": "dynamic_int8"}]},
+        {"stages": [{"technique": "smoothquant"}]},
+        {"stages": [{"technique": "magnitude", "sparsity": 0.4}, {"technique": "smoothquant"}]},
+        {"stages": [{"technique": "awq", "group_size": 32}]},
+        {"stages": [{"technique": "awq", "scheme": "W3A16", "group_size": 32, "symmetric": False}]},
+        {"stages": [{"technique": "sparsegpt", "sparsity": 0.4}, {"technique": "awq", "group_size": 32}]},
+        {"stages": [{"technique": "round_to_nearest", "scheme": "FP8"}]},
+        {"stages": [{"technique": "wanda", "sparsity": 0.5}, {"technique": "round_to_nearest", "scheme": "FP8"}]},
+        {"stages": [{**NEAREST, "scheme": "W6A16", "symmetric": False}]},
+        {"stages": [{"technique": "magnitude", "mask_structure": "2:4"}, {**GPTQ, "scheme": "W2A16"}]},
         {"stages": [{"technique": "magnitude", "sparsity": 0.5}]},
         {"stages": [{"technique": "magnitude", "mask_structure": "2:4"}]},
         {"stages": [{"technique": "magnitude", "sparsity": 0.3}, GPTQ]},
@@ -70,7 +82,7 @@ def test_an_artifact_is_proven_and_measured(recipe: dict[str, Any], tiny_llama: 
     assert attempt.outcome["constraints_violated"] == []
     statuses = [event["status"] for event in attempt.events if event["event"] == "stage"]
     assert statuses.count("succeeded") == len(recipe["stages"])
-    if any(stage["technique"] in ("gptq", "round_to_nearest") for stage in recipe["stages"]):
+    if "quantization_config" in json.loads((attempt.artifact / "config.json").read_text()):
         assert attempt.outcome["result"]["compression_ratio"] > 1
 
 
@@ -86,6 +98,19 @@ def test_the_report_states_what_plain_transformers_measures(tiny_llama: Path, tm
         losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in ids]
     expected = torch.tensor(losses).mean().exp().item()
     assert attempt.report["quality"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_codes_that_are_not_stored_are_proven_by_the_values(tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = {"stages": [GPTQ], "output": {"format": "safetensors"}}
+    plain = certified(tmp_path / "plain", tiny_llama, recipe)
+    packed = certified(tmp_path / "packed", tiny_llama, {"stages": [GPTQ]})
+    assert "quantization_config" not in json.loads((plain.artifact / "config.json").read_text())
+    theoretical = plain.report["stages"][0]["metrics"]["theoretical_packed_bytes"]
+    codes = [tensor for name, tensor in load_file(packed.artifact / "model.safetensors").items() if "_proj.we" in name]
+    stored = sum(tensor.numel() * tensor.element_size() for tensor in codes if tensor.dtype != torch.int64)
+    assert theoretical == stored
+    # The same codes: apart from rounding to the checkpoint's dtype the two compute the same.
+    assert plain.report["quality"]["perplexity"] == pytest.approx(packed.report["quality"]["perplexity"], rel=1e-2)
 
 
 def test_pruned_weights_are_still_zero_after_quantization(tiny_llama: Path, tmp_path: Path) -> None:

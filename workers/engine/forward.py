@@ -10,7 +10,7 @@ greenlet: a stack of its own, resumed where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +31,7 @@ class Stop:
 
 
 class ForwardPass:
-    """One batch on its way through a model whose hooks were set by :func:`stop_before`."""
+    """One batch on its way through a model with gates."""
 
     def __init__(self, model: nn.Module, input_ids: Tensor) -> None:
         self.input_shape = input_ids.shape  # batch × tokens
@@ -69,16 +69,24 @@ class ForwardPass:
             self._greenlet.throw()
 
 
-def stop_before(modules: Iterable[tuple[str, nn.Module]]) -> list[Any]:
-    """Make passes stop before each of the named modules; returns the hooks' handles."""
-    return [module.register_forward_pre_hook(_Pause(name)) for name, module in modules]
+class Gate:
+    """Stands before a module. Passes stop there if they shall, and read from then on what ``transform`` makes of it.
 
+    One hook does both: one that is set while a pass waits before the module would not be called any more.
+    """
 
-class _Pause:
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, module: nn.Module, *, stops: bool) -> None:
+        self.transform: Callable[[Tensor], Tensor] | None = None
         self._name = name
+        self._stops = stops
+        self._handle = module.register_forward_pre_hook(self._pass)
 
-    def __call__(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    def remove(self) -> None:
+        """Let everything through as it is."""
+        self._handle.remove()
+
+    def _pass(self, _module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         hub = greenlet.getcurrent().parent
-        if hub is not None:
+        if self._stops and hub is not None:
             hub.switch(Stop(self._name, arguments[0]))
+        return arguments if self.transform is None else (self.transform(arguments[0]), *arguments[1:])

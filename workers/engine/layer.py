@@ -22,7 +22,9 @@ class Layer:
     stored_dtype: torch.dtype
     input_statistics: InputStatistics | None = None
     zeros: Tensor | None = None  # boolean, like weight: pruned, and to stay zero
+    stores_codes: bool = True  # and not the values that codes stand for
     quantized: QuantizedWeight | None = None
+    input_scale: Tensor | None = None  # float32, in_features: what the layer reads comes divided by it
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -39,7 +41,13 @@ class Layer:
             self.fall_back(
                 "group_size", f"group size {size}: {options.group_size} does not divide its {in_features} columns"
             )
-        return Grid(options.num_bits, size, options.symmetric, self.stored_dtype)
+        return Grid(options.facts.num_bits, size, options.symmetric, self.stored_dtype, options.facts.is_float)
+
+    def rescale(self, scale: Tensor, statistics: InputStatistics | None) -> None:
+        """Read the input divided by ``scale`` (float32, in_features), whose statistics are ``statistics``."""
+        self.weight = self.weight * scale
+        self.input_scale = scale if self.input_scale is None else self.input_scale * scale
+        self.input_statistics = statistics
 
     def prune(self, mask: Tensor) -> int:
         """Set the weights under ``mask`` to zero, for good; how many of them were not zero before."""
@@ -54,10 +62,17 @@ class Layer:
 
     def fall_back(self, code: str, message: str) -> None:
         """Note for the report that this layer got something else than what was asked for."""
-        self.fallbacks.append({"layer": self.name, "code": code, "message": message})
+        fallback = {"layer": self.name, "code": code, "message": message}
+        if fallback not in self.fallbacks:
+            self.fallbacks.append(fallback)
+
+    def stored_weight(self) -> Tensor:
+        """The weight in the type that the artifact stores values in."""
+        weight = self.weight if self.quantized is None else self.quantized.dequantize()
+        return weight.to(self.stored_dtype)
 
     def effective_weight(self) -> Tensor:
         """The weight that the artifact will compute with, in float32."""
-        if self.quantized is not None:
+        if self.quantized is not None and self.stores_codes:
             return self.quantized.dequantize()
-        return self.weight.to(self.stored_dtype).to(torch.float32)
+        return self.stored_weight().to(torch.float32)

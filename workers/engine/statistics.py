@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ class InputStatistics:
             self._hessian = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
         else:
             self._squares = torch.zeros(in_features, dtype=torch.float64, device=device)
+        self._absmax: Tensor | None = None
+        if "input_absmax" in wanted:
+            self._absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
         self._factors: dict[tuple[bool, float], InverseFactor | None] = {}
 
     def add(self, inputs: Tensor) -> None:
@@ -32,6 +37,8 @@ class InputStatistics:
             accumulate(self._hessian, rows)
         if self._squares is not None:
             self._squares += rows.square().sum(dim=0)
+        if self._absmax is not None:
+            torch.maximum(self._absmax, rows.abs().amax(dim=0), out=self._absmax)
 
     def finish(self) -> None:
         """Say that every batch is in: sums become means over tokens.
@@ -52,6 +59,18 @@ class InputStatistics:
                 hint="The checkpoint gives NaN or infinity; check it, and its dtype, on the same text.",
             )
 
+    def scaled(self, scale: Tensor) -> InputStatistics:
+        """The same of the input divided by ``scale`` (float32, in_features)."""
+        other = copy.copy(self)
+        other._factors = {}
+        if self._hessian is not None:
+            other._hessian = self._hessian / scale / scale.unsqueeze(-1)
+        if self._squares is not None:
+            other._squares = self._squares / scale.square()
+        if self._absmax is not None:
+            other._absmax = self._absmax / scale
+        return other
+
     @property
     def hessian(self) -> Tensor:
         """XᵀX over the number of tokens: float32, in_features × in_features."""
@@ -63,6 +82,12 @@ class InputStatistics:
         """Root of the mean square of each column: float32, in_features."""
         squares = self._squares if self._squares is not None else self.hessian.diagonal()
         return squares.sqrt().to(torch.float32)
+
+    @property
+    def input_absmax(self) -> Tensor:
+        """The largest absolute value of each column: float32, in_features."""
+        assert self._absmax is not None
+        return self._absmax
 
     def inverse_factor(self, *, act_order: bool, damping: float) -> InverseFactor | None:
         """The factor of the inverse Hessian, made once for all layers of the input; None if there is none."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from workers.engine.device import release_memory
-from workers.engine.forward import ForwardPass, stop_before
+from workers.engine.forward import ForwardPass, Gate
 from workers.engine.journal import Journal, part_name
 from workers.engine.layer import Layer
+from workers.engine.rescaling import take_over
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.errors import UserError
@@ -42,7 +43,7 @@ class BlockResult:
     def to_json(self) -> dict[str, Any]:
         """As the journal keeps it."""
         grids = {
-            name: [grid.num_bits, grid.group_size, grid.symmetric, str(grid.scale_dtype), in_features]
+            name: [{**asdict(grid), "scale_dtype": str(grid.scale_dtype)}, in_features]
             for name, (grid, in_features) in self.grids.items()
         }
         return {"metrics": self.metrics, "fallbacks": self.fallbacks, "grids": grids}
@@ -51,8 +52,11 @@ class BlockResult:
     def from_json(cls, kept: dict[str, Any]) -> BlockResult:
         """From what :meth:`to_json` gave."""
         grids = {
-            name: (Grid(num_bits, group_size, symmetric, getattr(torch, dtype.removeprefix("torch."))), in_features)
-            for name, (num_bits, group_size, symmetric, dtype, in_features) in kept["grids"].items()
+            name: (
+                Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"].removeprefix("torch."))}),
+                in_features,
+            )
+            for name, (grid, in_features) in kept["grids"].items()
         }
         return cls(kept["metrics"], kept["fallbacks"], grids)
 
@@ -88,6 +92,8 @@ class Stream:
         self.journal = journal
         self.progress = progress
         self.result = Streamed(probe_logits=torch.empty(0))
+        self._gates: dict[str, Gate] = {}
+        self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
 
     @torch.inference_mode()
     def run(self, calibration: Tensor | None, probe: Tensor) -> Streamed:
@@ -98,10 +104,11 @@ class Stream:
         """
         skeleton, architecture = self.skeleton, self.skeleton.architecture
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-        stops = list(blocks)
+        stops = set(blocks)
         if calibration is not None:
-            stops += [f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups]
-        hooks = stop_before((name, skeleton.module(name)) for name in stops)
+            stops |= {f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups}
+        gated = [*blocks, *(f"{block}.{layer}" for block in blocks for layer in architecture.linear_layers)]
+        self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = ForwardPass(skeleton.model, probe.unsqueeze(0).to(skeleton.device))
         passes = [] if calibration is None else self._passes(calibration)
         everyone = [*passes, probe_pass]
@@ -128,8 +135,8 @@ class Stream:
             del layers
             release_memory()
             self.progress(block, index, len(blocks), (index + 1) / len(blocks))
-        for hook in hooks:
-            hook.remove()
+        for gate in self._gates.values():
+            gate.remove()
         return self.result
 
     def _begin(self, blocks: list[str], passes: list[ForwardPass]) -> None:
@@ -160,20 +167,18 @@ class Stream:
         """Load a finished block with the weights that the artifact will compute with."""
         self.skeleton.load(block)
         grids, stored = self.result.blocks[index].grids, self.journal.parts.read(part_name(index))
-        for name in self.skeleton.architecture.linear_layers:
-            layer = f"{block}.{name}"
-            if layer in grids:
-                grid, in_features = grids[layer]
-                assert self.recipe.output.packing is not None
-                encoded = {
-                    key.removeprefix(layer + "."): tensor
-                    for key, tensor in stored.items()
-                    if key.startswith(layer + ".weight")
-                }
-                weight = compressed_tensors.decode(encoded, grid, in_features, self.recipe.output.packing)
-            else:
-                weight = stored[f"{layer}.weight"].to(torch.float32)
+        for layer, (grid, in_features) in grids.items():
+            assert self.recipe.output.packing is not None
+            encoded = {
+                name.removeprefix(layer + "."): stored.pop(name)
+                for name in list(stored)
+                if name.startswith(layer + ".weight")
+            }
+            weight = compressed_tensors.decode(encoded, grid, in_features, self.recipe.output.packing)
             self.skeleton.assign(f"{layer}.weight", weight.to(self.skeleton.device))
+            self._gates[layer].transform = self._as_read(grid)
+        for name, tensor in stored.items():
+            self.skeleton.assign(name, tensor.to(self.skeleton.device, torch.float32))
 
     def _finish_block(self, index: int, hidden: list[Tensor]) -> None:
         for number, each in enumerate(hidden):
@@ -189,20 +194,32 @@ class Stream:
     def _compress_block(self, index: int, blocks: list[str], passes: list[ForwardPass]) -> list[Layer]:
         """Solve every layer of a block, each group of them as soon as its input is there."""
         groups = self.skeleton.architecture.linear_groups
-        block, done = blocks[index], []
+        block = blocks[index]
+        done: list[Layer] = []
         stages = self.recipe.stages
         self.result.blocks.append(BlockResult([{} for _ in stages], [[] for _ in stages]))
         for number, group in enumerate(groups):
             leader = f"{block}.{group[0]}"
             self.progress(leader, index, len(blocks), (index + number / len(groups)) / len(blocks))
             statistics = self._gather(leader, passes)
-            for name in group:
-                layer = self._layer(f"{block}.{name}", statistics)
-                with self._timed("solve"):
-                    self._apply_stages(layer)
+            layers = [self._layer(f"{block}.{name}", statistics) for name in group]
+            with self._timed("solve"):
+                self._apply_stages(block, group, layers, done)
+            for layer in layers:
                 self.skeleton.assign(f"{layer.name}.weight", layer.effective_weight())
-                done.append(layer)
+                grid = None if layer.quantized is None else layer.quantized.grid
+                self._gates[layer.name].transform = self._as_read(grid, layer.input_scale)
+            done += layers
         return done
+
+    def _as_read(self, grid: Grid | None, scale: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+        """What becomes of a layer's input in the artifact: divided by ``scale``, then quantized if ``grid`` says so."""
+        quantize = None
+        if grid is not None and self.recipe.quantizes_activations:
+            quantize = compressed_tensors.input_quantizer(grid)
+        if scale is None:
+            return quantize
+        return (lambda inputs: inputs / scale) if quantize is None else (lambda inputs: quantize(inputs / scale))
 
     def _gather(self, leader: str, passes: list[ForwardPass]) -> InputStatistics | None:
         """Bring every pass to the layer ``leader`` and take in what it brought there."""
@@ -220,34 +237,62 @@ class Stream:
 
     def _layer(self, name: str, statistics: InputStatistics | None) -> Layer:
         weight = self.skeleton.module(name).get_parameter("weight")
-        return Layer(name, weight, self.skeleton.checkpoint.stored_dtype(f"{name}.weight"), statistics)
+        dtype = self.skeleton.checkpoint.stored_dtype(f"{name}.weight")
+        return Layer(name, weight, dtype, statistics, stores_codes=self.recipe.stores_codes)
 
-    def _apply_stages(self, layer: Layer) -> None:
+    def _apply_stages(self, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]) -> None:
+        """Run every stage on the layers of one input; ``done`` are those of the block before them."""
         for index, stage in enumerate(self.recipe.stages):
-            if is_ignored(stage, layer.name):
-                continue
-            metrics = stage.compress(layer)
-            if layer.quantized is not None:
-                metrics["group_size"] = layer.quantized.grid.group_size
-            self.result.blocks[-1].metrics[index][layer.name] = metrics
-            self.result.blocks[-1].fallbacks[index] += layer.fallbacks
-            layer.fallbacks.clear()
+            taken = [layer for layer in layers if not is_ignored(stage, layer.name)]
+            if len(taken) == len(layers):
+                self._rescale(stage, block, group, layers, done)
+            for layer in taken:
+                metrics = stage.compress(layer)
+                if layer.quantized is not None:
+                    metrics["group_size"] = layer.quantized.grid.group_size
+                self.result.blocks[-1].metrics[index][layer.name] = metrics
+                self.result.blocks[-1].fallbacks[index] += layer.fallbacks
+                layer.fallbacks.clear()
+
+    def _rescale(
+        self, stage: StageOptions, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]
+    ) -> None:
+        """Move a scale that the stage asks for from the input of ``layers`` to whatever makes it."""
+        checkpoint = self.skeleton.checkpoint
+        producer = self.skeleton.architecture.producer(group, checkpoint.config)
+        scale = None if producer is None else stage.input_scale(layers)
+        if producer is None or scale is None:
+            return
+        name = f"{block}.{producer.name}"
+        made = next((layer for layer in done if layer.name == name), None)
+        scale = take_over(producer, name, scale, self._stored, self._changed, made)
+        statistics = layers[0].statistics.scaled(scale)
+        for layer in layers:
+            layer.rescale(scale, statistics)
+
+    def _stored(self, name: str) -> Tensor | None:
+        """A parameter of the running block as the artifact will store it, unless it is a compressed weight."""
+        checkpoint = self.skeleton.checkpoint
+        if name in self._changed:
+            return self._changed[name]
+        return checkpoint.as_stored(name) if name in checkpoint.parameters(name) else None
 
     def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
         """Everything that the artifact stores of a block."""
         tensors = {}
         for layer in layers:
-            if layer.quantized is None:
-                tensors[f"{layer.name}.weight"] = layer.weight.to(layer.stored_dtype)
+            packing = self.recipe.output.packing
+            if layer.quantized is None or packing is None:
+                tensors[f"{layer.name}.weight"] = layer.stored_weight()
                 continue
             self.result.blocks[-1].grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
-            assert self.recipe.output.packing is not None
-            for name, tensor in compressed_tensors.encode(layer.quantized, self.recipe.output.packing).items():
+            for name, tensor in compressed_tensors.encode(layer.quantized, packing).items():
                 tensors[f"{layer.name}.{name}"] = tensor
         compressed = {f"{layer.name}.weight" for layer in layers}
         for name in self.skeleton.checkpoint.parameters(block + "."):
             if name not in compressed:
-                tensors[name] = self.skeleton.checkpoint.as_stored(name)
+                changed = self._changed.pop(name, None)
+                tensors[name] = self.skeleton.checkpoint.as_stored(name) if changed is None else changed
         return tensors
 
     def _finish(self, probe_pass: ForwardPass) -> Tensor:

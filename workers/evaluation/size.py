@@ -1,7 +1,8 @@
-"""How large an artifact is, and the zeros that pruning promised."""
+"""How large an artifact is, and the zeros and few values that its stages promised."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,30 @@ def measure_sparsity(model: Any, layers: list[str], sparsity: float, pattern: tu
         if not _has_zeros(zero, sparsity, pattern):
             below.append(name)
     return Sparsity(num_weights, num_zeros, tuple(below))
+
+
+def layers_off_grid(model: Any, group_sizes: Mapping[str, int], num_bits: int) -> list[str]:
+    """Those layers of an opened model that hold, in some group, more values than codes of ``num_bits`` stand for."""
+    return [
+        name
+        for name, group_size in group_sizes.items()
+        if _most_values(model.get_submodule(name).weight, group_size) > 1 << num_bits
+    ]
+
+
+def packed_bytes(model: Any, group_sizes: Mapping[str, int], num_bits: int, *, symmetric: bool) -> int:
+    """What the layers would take as packed codes with a 16-bit scale, and a zero-point if not symmetric, a group."""
+    bits = 0
+    for name, group_size in group_sizes.items():
+        num_weights = model.get_submodule(name).weight.numel()
+        bits += num_weights * num_bits + num_weights // group_size * (16 + (0 if symmetric else num_bits))
+    return -(-bits // 8)
+
+
+def _most_values(weight: Tensor, group_size: int) -> int:
+    """The largest number of distinct values in a group of a weight (rows × columns)."""
+    values = weight.reshape(-1, group_size).sort(dim=-1).values
+    return 1 + int((values[:, 1:] != values[:, :-1]).sum(dim=-1).max())
 
 
 def _has_zeros(zero: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> bool:

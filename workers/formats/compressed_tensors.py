@@ -1,16 +1,17 @@
-"""compressed-tensors: integer codes with scales, as transformers and vLLM read them."""
+"""compressed-tensors: integer or float8 codes with scales, as transformers and vLLM read them."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from torch import Tensor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import Tensor, nn
 
 from workers.recipe import Packing
 from workers.solvers.quantization import Grid, QuantizedWeight
@@ -22,7 +23,7 @@ def encode(quantized: QuantizedWeight, packing: Packing) -> dict[str, Tensor]:
     Raises:
         ValueError: The layer's codes do not survive the packing, which would be a defect of ours or of the library.
     """
-    scheme = _scheme(quantized.grid, quantized.codes.shape[1], packing)
+    scheme = _scheme(quantized.grid, quantized.codes.shape[1], packing, quantizes_activations=False)
     compressor = BaseCompressor.get_value_from_registry(packing)
     state = {
         "weight": quantized.dequantize(),
@@ -40,12 +41,13 @@ def decode(encoded: Mapping[str, Tensor], grid: Grid, in_features: int, packing:
     """The float32 weight that the tensors of :func:`encode` stand for."""
     compressor = BaseCompressor.get_value_from_registry(packing)
     state = {**encoded, "weight_scale": encoded["weight_scale"].to(torch.float32)}
-    weight: Tensor = compressor.decompress(state, _scheme(grid, in_features, packing))["weight"]
+    scheme = _scheme(grid, in_features, packing, quantizes_activations=False)
+    weight: Tensor = compressor.decompress(state, scheme)["weight"]
     return weight
 
 
 def quantization_config(
-    layers: Mapping[str, tuple[Grid, int]], linear_layers: list[str], packing: Packing
+    layers: Mapping[str, tuple[Grid, int]], linear_layers: list[str], packing: Packing, *, quantizes_activations: bool
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
@@ -54,7 +56,7 @@ def quantization_config(
     """
     by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}
     for name, (grid, in_features) in layers.items():
-        scheme = _scheme(grid, in_features, packing)
+        scheme = _scheme(grid, in_features, packing, quantizes_activations=quantizes_activations)
         by_scheme.setdefault(scheme.model_dump_json(), (scheme, []))[1].append(name)
     groups = {}
     for number, (scheme, names) in enumerate(by_scheme.values()):
@@ -73,7 +75,28 @@ def quantization_config(
     }
 
 
-def _scheme(grid: Grid, in_features: int, packing: Packing) -> QuantizationScheme:
+def input_quantizer(grid: Grid) -> Callable[[Tensor], Tensor]:
+    """What every loader does to the input of a layer whose activations are quantized: by token, and back.
+
+    ``grid`` is that of the layer's weight: activations are of the same 8-bit type.
+    """
+    arguments = _activations(grid)
+
+    def quantize(inputs: Tensor) -> Tensor:
+        scale, zero_point = compute_dynamic_scales_and_zp(value=inputs, args=arguments, module=nn.Identity())
+        quantized: Tensor = fake_quantize(x=inputs, scale=scale, zero_point=zero_point, args=arguments)
+        return quantized
+
+    return quantize
+
+
+def _activations(grid: Grid) -> QuantizationArgs:
+    return QuantizationArgs(
+        num_bits=8, type="float" if grid.is_float else "int", strategy="token", dynamic=True, symmetric=True
+    )
+
+
+def _scheme(grid: Grid, in_features: int, packing: Packing, *, quantizes_activations: bool) -> QuantizationScheme:
     whole_row = grid.group_size == in_features
     strategy: dict[str, Any] = {"strategy": "group", "group_size": grid.group_size}
     if whole_row:
@@ -82,8 +105,15 @@ def _scheme(grid: Grid, in_features: int, packing: Packing) -> QuantizationSchem
         # Packed zero-points of groups and channels do not open in transformers 5.23: its skeleton expects them
         # unpacked. A block of one row is the same grid, and its zero-points are never packed.
         strategy = {"strategy": "block", "block_structure": [1, grid.group_size]}
-    weights = QuantizationArgs(num_bits=grid.num_bits, type="int", symmetric=grid.symmetric, **strategy)
-    return QuantizationScheme(targets=["Linear"], weights=weights, format=packing)
+    weights = QuantizationArgs(
+        num_bits=grid.num_bits, type="float" if grid.is_float else "int", symmetric=grid.symmetric, **strategy
+    )
+    return QuantizationScheme(
+        targets=["Linear"],
+        weights=weights,
+        input_activations=_activations(grid) if quantizes_activations else None,
+        format=packing,
+    )
 
 
 def _patterns(names: list[str]) -> list[str]:

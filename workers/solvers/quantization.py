@@ -18,6 +18,9 @@ NUM_CLIP_STEPS = 24
 SMALLEST_CLIP = 0.5
 
 
+FLOAT8 = torch.float8_e4m3fn
+
+
 @dataclass(frozen=True)
 class Grid:
     """Which codes there are, and which columns share a scale."""
@@ -26,15 +29,16 @@ class Grid:
     group_size: int
     symmetric: bool
     scale_dtype: torch.dtype = torch.float32
+    is_float: bool = False  # codes are float8 e4m3: values between are nearer to each other where they are small
 
     @property
     def lowest(self) -> int:
-        """The smallest code; codes are signed, as compressed-tensors stores them."""
+        """The smallest integer code; codes are signed, as compressed-tensors stores them."""
         return -(1 << (self.num_bits - 1))
 
     @property
     def highest(self) -> int:
-        """The largest code."""
+        """The largest integer code."""
         return (1 << (self.num_bits - 1)) - 1
 
 
@@ -42,7 +46,7 @@ class Grid:
 class QuantizedWeight:
     """Codes of a weight, with what turns them back."""
 
-    codes: Tensor  # int8, rows × columns
+    codes: Tensor  # int8 (float8 e4m3 of a float grid), rows × columns
     scale: Tensor  # float32 holding values of grid.scale_dtype, rows × groups
     zero_point: Tensor  # int8, rows × groups; all zero when symmetric
     grid: Grid
@@ -56,19 +60,31 @@ class QuantizedWeight:
 
 
 def quantize_to_nearest(
-    weight: Tensor, grid: Grid, *, clip_search: bool, zeros: Tensor | None = None
+    weight: Tensor, grid: Grid, *, clip_search: bool, importance: Tensor | None = None, zeros: Tensor | None = None
 ) -> QuantizedWeight:
     """Round every weight (float32, rows × columns) to its nearest code.
 
-    ``zeros``, a boolean mask like ``weight``, says which weights are pruned and stay exactly zero.
+    ``clip_search`` and ``importance`` are those of :func:`choose_scales`. ``zeros``, a boolean mask like ``weight``,
+    says which weights are pruned and stay exactly zero.
     """
-    scale, zero_point = choose_scales(weight, grid, clip_search=clip_search)
+    if grid.is_float:
+        return _to_float8(weight, grid)
+    scale, zero_point = choose_scales(weight, grid, clip_search=clip_search, importance=importance)
     columns_scale = scale.repeat_interleave(grid.group_size, dim=1)
     columns_zero = zero_point.to(torch.float32).repeat_interleave(grid.group_size, dim=1)
     codes = torch.round(weight / columns_scale).add_(columns_zero).clamp_(grid.lowest, grid.highest)
     if zeros is not None:
         codes = torch.where(zeros, columns_zero, codes)
     return QuantizedWeight(codes.to(torch.int8), scale, zero_point, grid)
+
+
+def _to_float8(weight: Tensor, grid: Grid) -> QuantizedWeight:
+    """Every weight to its nearest float8, each group's largest at the end of the range; zeros stay zeros."""
+    highest = torch.finfo(FLOAT8).max
+    groups = weight.reshape(weight.shape[0], -1, grid.group_size)
+    scale = _as_stored(groups.abs().amax(dim=-1) / highest, grid.scale_dtype)
+    codes = (groups / scale.unsqueeze(-1)).clamp_(-highest, highest).to(FLOAT8)
+    return QuantizedWeight(codes.view_as(weight), scale, torch.zeros_like(scale, dtype=torch.int8), grid)
 
 
 def choose_scales(

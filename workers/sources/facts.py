@@ -119,6 +119,9 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
 
 
 def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, TensorInfo]) -> None:
+    dtypes: tuple[str, ...] = _FLOATS
+    if any(name.endswith(".weight_scale") for name in tensors):  # then codes may be stored one byte each
+        dtypes = (*_FLOATS, "I8", "F8_E4M3")
     index = re.compile(rf"{re.escape(row.blocks)}\.([0-9]{{1,8}})\.")
     present = {int(match[1]) for name in tensors if (match := index.match(name))}
     if len(present) != num_blocks or max(present, default=-1) != num_blocks - 1:
@@ -129,8 +132,8 @@ def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, Tens
             tensor = tensors.get(f"{name}.weight") or tensors.get(f"{name}{_PACKED}")
             if tensor is None:
                 raise _missing(f"{name}.weight")
-            if f"{name}.weight" in tensors and tensor.dtype not in _FLOATS:
-                raise _invalid(f"{name}.weight is of type {tensor.dtype}, not one of {', '.join(_FLOATS)}")
+            if f"{name}.weight" in tensors and tensor.dtype not in dtypes:
+                raise _invalid(f"{name}.weight is of type {tensor.dtype}, not one of {', '.join(dtypes)}")
             if len(tensor.shape) != 2 or 0 in tensor.shape:
                 raise _invalid(f"{name} has the shape {tensor.shape}, not that of a linear layer")
 

@@ -6,15 +6,18 @@ from typing import Annotated, get_args
 
 from pydantic import Field
 
+from workers.techniques.awq import AWQ
+from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.gptq import GPTQ
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.options import PruningOptions, QuantizationOptions, StageOptions
 from workers.techniques.round_to_nearest import RoundToNearest
+from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.wanda import Wanda
 
 Stage = Annotated[
-    RoundToNearest | GPTQ | Magnitude | Wanda | SparseGPT,
+    RoundToNearest | GPTQ | AWQ | SmoothQuant | DynamicInt8 | Magnitude | Wanda | SparseGPT,
     Field(discriminator="technique"),
 ]
 
@@ -23,12 +26,15 @@ TECHNIQUES: dict[str, type[StageOptions]] = {
 }
 
 __all__ = [
+    "AWQ",
     "GPTQ",
     "TECHNIQUES",
+    "DynamicInt8",
     "Magnitude",
     "PruningOptions",
     "QuantizationOptions",
     "RoundToNearest",
+    "SmoothQuant",
     "SparseGPT",
     "Stage",
     "StageOptions",

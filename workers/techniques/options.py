@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from workers.engine.layer import Layer
 
 Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
-Scheme = Literal["W4A16", "W8A16"]
-Statistic = Literal["hessian", "input_norms"]
+WeightScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16"]
+Scheme = WeightScheme | Literal["W8A8", "FP8"]
+Statistic = Literal["hessian", "input_norms", "input_absmax"]
 
-SCHEME_BITS: dict[str, int] = {"W4A16": 4, "W8A16": 8}
+
+@dataclass(frozen=True)
+class SchemeFacts:
+    """What the name of a scheme says."""
+
+    num_bits: int  # of one weight
+    is_float: bool = False  # FP8: e4m3
+    # Each token of a layer's input is quantized like the weights, by a scale of its own, whenever the model runs.
+    quantizes_activations: bool = False
+
+
+SCHEMES: Mapping[str, SchemeFacts] = {
+    **{scheme: SchemeFacts(int(scheme[1])) for scheme in get_args(WeightScheme)},
+    "W8A8": SchemeFacts(8, quantizes_activations=True),
+    "FP8": SchemeFacts(8, is_float=True, quantizes_activations=True),
+}
+# compressed-tensors lays out the other widths differently from release to release.
+PACKED_BITS = frozenset({4, 8})
 
 # Smaller groups would store more scale than code, and packed words hold eight 4-bit codes.
 SMALLEST_GROUP = 16
@@ -69,6 +91,13 @@ class StageOptions(BaseModel):
         ),
     ] = []
 
+    def input_scale(self, layers: Sequence[Layer]) -> Tensor | None:  # noqa: ARG002
+        """By what to divide the input that all ``layers`` read, and to multiply their columns; None for nothing.
+
+        Asked before they are compressed, and only where whatever makes the input can take the scale over.
+        """
+        return None
+
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Change ``layer`` in place and return what the report says of it."""
         raise NotImplementedError
@@ -79,22 +108,48 @@ class QuantizationOptions(StageOptions):
 
     kind: ClassVar[Kind] = "quantization"
 
-    scheme: Annotated[Scheme, Field(description="Bits of weights and of activations.")] = "W4A16"
+    scheme: Annotated[
+        Scheme,
+        Field(
+            description="Bits of weights and of activations. Widths other than 4 and 8 have no stable packed layout: "
+            "their values are stored at the model's own width, and the report states the packed size. W8A8 and FP8 "
+            "also quantize each token of a layer's input when the model runs."
+        ),
+    ] = "W4A16"
     group_size: Annotated[
         int | None,
         Field(
             ge=1,
             le=1_048_576,
-            description="Input columns that share a scale; null for one scale per output channel. A layer that it "
-            "does not divide falls back to its largest usable divisor, and the report says so.",
+            description="Input columns that share a scale; null for one scale per output channel, as W8A8 and FP8 "
+            "always have. A layer that it does not divide falls back to its largest usable divisor, and the report "
+            "says so.",
         ),
     ] = 128
     symmetric: Annotated[bool, Field(description="No zero-points: code 0 is the value 0.")] = True
 
+    @model_validator(mode="before")
+    @classmethod
+    def _group_size_of_scheme(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "group_size" not in data:
+            scheme = SCHEMES.get(str(data.get("scheme", cls.model_fields["scheme"].default)))
+            if scheme is not None and scheme.quantizes_activations:
+                return {**data, "group_size": None}
+        return data
+
+    @model_validator(mode="after")
+    def _fits_scheme(self) -> Self:
+        if self.facts.quantizes_activations:
+            if self.group_size is not None:
+                raise ValueError(f"group_size must be null with {self.scheme}, which has one scale per output channel")
+            if not self.symmetric:
+                raise ValueError(f"symmetric must be true with {self.scheme}")
+        return self
+
     @property
-    def num_bits(self) -> int:
-        """Bits of one weight."""
-        return SCHEME_BITS[self.scheme]
+    def facts(self) -> SchemeFacts:
+        """What the scheme's name says."""
+        return SCHEMES[self.scheme]
 
 
 class PruningOptions(StageOptions):

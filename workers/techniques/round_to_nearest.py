@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from workers.techniques.options import QuantizationOptions
 
@@ -15,12 +15,18 @@ if TYPE_CHECKING:
 class RoundToNearest(QuantizationOptions):
     """Rounds each weight to the nearest code of its channel or group. Needs no calibration."""
 
-    summary: ClassVar[str] = "Round every weight to its nearest integer code. Fast, needs no calibration text."
+    summary: ClassVar[str] = "Round every weight to its nearest code, integer or FP8. Fast, needs no calibration text."
 
     technique: Literal["round_to_nearest"] = "round_to_nearest"
     clip_search: Annotated[
         bool, Field(description="Search each scale for the least squared error, instead of covering the extremes.")
     ] = False
+
+    @model_validator(mode="after")
+    def _has_clips_to_search(self) -> Self:
+        if self.clip_search and self.facts.is_float:
+            raise ValueError(f"clip_search must be false with {self.scheme}, whose codes lie denser near zero")
+        return self
 
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Quantize ``layer`` to its nearest codes."""

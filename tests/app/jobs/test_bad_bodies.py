@@ -33,13 +33,16 @@ PRUNING = {"technique": "magnitude"}
         ([{**GPTQ, "group_size": 0}], "invalid_value", "recipe.stages[0].group_size"),
         ([{**GPTQ, "group_size": 10**30}], "invalid_value", "recipe.stages[0].group_size"),
         ([{**GPTQ, "symmetric": 1}], "invalid_type", "recipe.stages[0].symmetric"),
-        ([{**GPTQ, "scheme": "W3A16"}], "invalid_value", "recipe.stages[0].scheme"),
+        ([{**GPTQ, "scheme": "W8A8"}], "invalid_value", "recipe.stages[0]"),
+        ([{"technique": "gptq", "scheme": "FP8"}], "invalid_value", "recipe.stages[0].scheme"),
+        ([{"technique": "smoothquant", "symmetric": False}], "invalid_value", "recipe.stages[0]"),
         ([{**GPTQ, "damping": 0}], "invalid_value", "recipe.stages[0].damping"),
         ([{**GPTQ, "ignore": ["a", 1]}], "invalid_type", "recipe.stages[0].ignore[1]"),
         ([{**PRUNING, "sparsity": 1.5}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "sparsity": -0.1}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "mask_structure": "4:2"}], "invalid_value", "recipe.stages[0].mask_structure"),
         ([{**PRUNING, "mask_structure": "2:4", "sparsity": 0.9}], "invalid_value", "recipe.stages[0]"),
+        ([{**GPTQ, "scheme": "W9A16"}], "invalid_value", "recipe.stages[0].scheme"),
         ([GPTQ, PRUNING], "stages_conflict", "recipe.stages[1].technique"),
         ([GPTQ, GPTQ], "stages_conflict", "recipe.stages[1].technique"),
         ([{**GPTQ, "group_size": 100}], "group_size_fits_no_layer", "recipe.stages[0].group_size"),
@@ -52,11 +55,22 @@ def test_a_wrong_stage_is_named(refused: Refused, stages: Any, code: str, param:
     assert (problem["code"], problem["param"]) == (code, param)
 
 
+def test_quantized_activations_need_a_format_that_says_so(refused: Refused) -> None:
+    recipe = {"stages": [{"technique": "dynamic_int8"}], "output": {"format": "safetensors"}}
+    problem = refused(422, recipe=recipe)
+    assert (problem["code"], problem["param"]) == ("output_format_impossible", "recipe.output.format")
+
+
+def test_a_width_that_no_layout_packs_is_refused_in_a_packed_format(refused: Refused) -> None:
+    recipe = {"stages": [{**GPTQ, "scheme": "W3A16"}], "output": {"format": "compressed-tensors"}}
+    problem = refused(422, recipe=recipe)
+    assert (problem["code"], problem["param"]) == ("output_format_impossible", "recipe.output.format")
+
+
 @pytest.mark.parametrize(
     ("part", "value", "code", "param"),
     [
         ("output", {"format": "gguf"}, "invalid_value", "recipe.output.format"),
-        ("output", {"format": "safetensors"}, "output_format_impossible", "recipe.output.format"),
         ("output", {"packing": "int-quantized"}, "output_format_impossible", "recipe.output.packing"),
         ("calibration", {"dataset": {"texts": []}}, "invalid_value", "recipe.calibration.dataset.texts"),
         ("calibration", {"dataset": {"texts": [" \n"]}}, "empty_dataset", "recipe.calibration.dataset"),

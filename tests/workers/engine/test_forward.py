@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.engine.forward import ForwardPass, stop_before
+from workers.engine.forward import ForwardPass, Gate
 from workers.errors import UserError
 
 
@@ -27,7 +27,8 @@ class Model(nn.Module):
 
 
 def started(model: Model, value: float) -> ForwardPass:
-    stop_before([("first", model.first), ("second", model.second)])
+    for name in ("first", "second"):
+        Gate(name, model.get_submodule(name), stops=True)
     return ForwardPass(model, torch.tensor([value]))
 
 
@@ -39,6 +40,19 @@ def test_a_pass_stops_goes_on_and_ends() -> None:
     assert other.advance_to("second").item() == 10
     assert one.finish().item() == 3
     assert other.finish().item() == 11
+
+
+def test_what_is_set_while_a_pass_waits_changes_what_it_reads_from_there_on() -> None:
+    model = Model()
+    waiting, through = (Gate(name, model.get_submodule(name), stops=name == "first") for name in ("first", "second"))
+    one = ForwardPass(model, torch.tensor([1.0]))
+    assert one.advance_to("first").item() == 2
+    waiting.transform = lambda inputs: inputs * 10
+    through.transform = lambda inputs: inputs + 0.5
+    assert one.finish().item() == 21.5
+    waiting.remove()
+    through.remove()
+    assert ForwardPass(model, torch.tensor([1.0])).finish().item() == 3
 
 
 def test_a_model_that_cannot_be_run_is_the_users_to_mend() -> None:

@@ -1,0 +1,50 @@
+"""Estimates with their errors, against samples whose errors are known."""
+
+import math
+
+import pytest
+import torch
+
+from workers.errors import UserError
+from workers.evaluation.quality import TOKENS_PER_BATCH_MEAN, TokenMeasures, mean_with_error, windows_of
+
+
+def test_the_error_of_independent_values_is_the_textbooks() -> None:
+    torch.manual_seed(0)
+    values = torch.randn(TOKENS_PER_BATCH_MEAN * 400, dtype=torch.float64)
+    estimate = mean_with_error(values)
+    assert estimate.value == pytest.approx(float(values.mean()))
+    assert estimate.standard_error == pytest.approx(1 / math.sqrt(values.numel()), rel=0.1)
+
+
+def test_the_error_of_values_like_their_neighbours_is_larger() -> None:
+    """A first-order autoregression of 0.9 has √19 times the error of independent values of its variance."""
+    torch.manual_seed(0)
+    noise = torch.randn(TOKENS_PER_BATCH_MEAN * 400, dtype=torch.float64)
+    values, before = torch.empty_like(noise), 0.0
+    for index, each in enumerate(noise.tolist()):
+        before = 0.9 * before + each
+        values[index] = before
+    naive = float(values.std()) / math.sqrt(values.numel())
+    assert mean_with_error(values).standard_error / naive == pytest.approx(math.sqrt(19), rel=0.2)
+
+
+def test_ratios_are_paired_and_perplexities_are_exponentials() -> None:
+    torch.manual_seed(0)
+    original = torch.rand(4096, dtype=torch.float64) * 8
+    loss = original + 0.1 + 0.001 * torch.randn(4096, dtype=torch.float64)
+    ones = torch.ones(4096, dtype=torch.float64)
+    report = TokenMeasures(4, 1025, original, loss, 0.2 * ones, ones).to_report()
+    assert report["perplexity"] == pytest.approx(float(loss.mean().exp()))
+    assert report["perplexity_ratio"] == pytest.approx(math.exp(0.1), rel=1e-3)
+    assert report["perplexity_ratio_standard_error"] < report["perplexity_standard_error"] / 100
+    assert (report["kl_divergence"], report["top1_agreement"]) == (pytest.approx(0.2), 1)
+    assert (report["num_tokens"], report["num_windows"], report["max_seq_length"]) == (4096, 4, 1025)
+
+
+def test_windows_do_not_overlap_and_have_a_token_to_score() -> None:
+    windows = windows_of(torch.arange(21), 21, 10)
+    assert [window.tolist() for window in windows] == [list(range(10)), list(range(10, 20))]
+    with pytest.raises(UserError) as caught:
+        windows_of(torch.arange(5), 5, 1)
+    assert caught.value.code == "empty_dataset"

@@ -1,0 +1,53 @@
+"""What an opened model's weights prove: zeros, and no more values than codes."""
+
+import torch
+from torch import Tensor, nn
+
+from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes
+from workers.solvers.quantization import Grid, quantize_to_nearest
+
+
+def model_of(**weights: Tensor) -> nn.Module:
+    """A module whose children are linear layers with these weights."""
+    model = nn.Module()
+    for name, weight in weights.items():
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+        layer.weight = nn.Parameter(weight, requires_grad=False)
+        model.add_module(name, layer)
+    return model
+
+
+def test_zeros_are_counted_and_layers_with_too_few_are_named() -> None:
+    half = torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 4.0]])
+    few = torch.tensor([[0.0, 1.0, 5.0, 2.0]])
+    found = measure_sparsity(model_of(sparse=half, few=few), ["sparse", "few"], 0.5, None)
+    assert (found.num_weights, found.num_zeros, found.layers_below) == (12, 5, ("few",))
+    assert found.fraction == 5 / 12
+
+
+def test_n_of_m_is_held_in_every_group_of_columns() -> None:
+    clustered = torch.tensor([[0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 0.0]])
+    spread = torch.tensor([[0.0, 0.0, 2.0, 1.0, 2.0, 3.0, 0.0, 0.0]])
+    found = measure_sparsity(model_of(clustered=clustered, spread=spread), ["clustered", "spread"], 0.5, (2, 4))
+    assert found.layers_below == ("clustered",)
+
+
+def test_a_weight_off_its_grid_is_named() -> None:
+    torch.manual_seed(0)
+    weight = torch.randn(16, 64)
+    grid = Grid(3, 32, symmetric=True, scale_dtype=torch.bfloat16)
+    values = quantize_to_nearest(weight, grid, clip_search=True).dequantize().to(torch.bfloat16)
+    touched = values.clone()
+    touched[3, 40:49] = torch.arange(9)
+    model = model_of(on=values, off=touched, dense=weight)
+    assert layers_off_grid(model, {"on": 32, "off": 32, "dense": 32}, 3) == ["off", "dense"]
+    # The same values in groups of 64 may be of two scales, so twice as many.
+    assert layers_off_grid(model, {"on": 64}, 4) == []
+
+
+def test_packed_bytes_count_codes_scales_and_zero_points() -> None:
+    model = model_of(a=torch.zeros(8, 64), b=torch.zeros(4, 32))
+    sizes = {"a": 32, "b": 32}
+    num_weights, num_groups = 8 * 64 + 4 * 32, 8 * 2 + 4
+    assert packed_bytes(model, sizes, 3, symmetric=True) == (num_weights * 3 + num_groups * 16) // 8
+    assert packed_bytes(model, sizes, 3, symmetric=False) == -(-(num_weights * 3 + num_groups * 19) // 8)

@@ -1,0 +1,74 @@
+"""The report of an artifact, and what of it a job shows. ``docs/report.md`` tells its readers what each field means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from workers.evaluation.speed import Speed
+from workers.formats.opening import LOAD_SNIPPET, Opened
+
+REPORT_VERSION = 1
+
+
+def speed_part(opened: Mapping[str, Opened], speeds: Mapping[str, Speed]) -> dict[str, Any]:
+    """The ``speed`` part: how long each model took to open, to begin and to write."""
+    return {
+        name: {
+            "load_seconds": model.load_seconds,
+            "first_token_seconds": speeds[name].first_token_seconds,
+            "tokens_per_second": speeds[name].tokens_per_second,
+        }
+        for name, model in opened.items()
+    }
+
+
+def check_constraints(
+    constraints: Mapping[str, Any], quality: Mapping[str, Any], size: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """Each constraint with what was measured: ``met``, ``violated``, or ``not_applicable`` where nothing was."""
+    measured = {
+        "max_perplexity_ratio": (quality["perplexity_ratio"], 1),
+        "max_size_bytes": (size["artifact_bytes"], 1),
+        "min_accuracy": (None, -1),
+    }
+    checked = []
+    for name, limit in constraints.items():
+        if limit is None:
+            continue
+        value, sign = measured[name]
+        status = "not_applicable" if value is None else "met" if sign * value <= sign * limit else "violated"
+        checked.append({"name": name, "limit": limit, "value": value, "status": status})
+    return checked
+
+
+def report_of(request: Mapping[str, Any], revision: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """``report.json``: whose it is, the parts in ``measured``, and how to load what it is about."""
+    return {
+        "version": REPORT_VERSION,
+        "job_id": request["job_id"],
+        "model": {"id": request["model"]["id"], "revision": revision},
+        **measured,
+        "load_snippet": LOAD_SNIPPET.format(folder="path/to/artifact", prompt="Hello"),
+    }
+
+
+def outcome_of(report: Mapping[str, Any]) -> dict[str, Any]:
+    """``result``, which a job shows, and ``constraints_violated``."""
+    size, quality = report["size"], report["quality"]
+    return {
+        "result": {
+            "size_bytes": size["artifact_bytes"],
+            "original_size_bytes": size["original_bytes"],
+            "compression_ratio": size["compression_ratio"],
+            "perplexity": quality["perplexity"],
+            "original_perplexity": quality["original_perplexity"],
+            "accuracy": None,
+            "original_accuracy": None,
+        },
+        "constraints_violated": [
+            {key: item[key] for key in ("name", "limit", "value")}
+            for item in report["constraints"]
+            if item["status"] == "violated"
+        ],
+    }
