@@ -48,6 +48,8 @@ def run_demo() -> None:
     configure_logging(settings.model_copy(update={"log_level": "WARNING"}), "demo")
     begin = time.monotonic()
     _say(f"Everything of this demo lies in {settings.home}")
+    if os.geteuid() == 0:
+        _say("but what PostgreSQL and Redis keep: run as root, they lie in a folder of their own below /var/lib/attar")
     try:
         with (
             stop_signals(),

@@ -9,6 +9,8 @@ from datasets import Dataset
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
 from llmcompressor.modifiers.pruning import SparseGPTModifier, WandaPruningModifier
+from llmcompressor.modifiers.quantization import QuantizationModifier
+from llmcompressor.modifiers.transform import SmoothQuantModifier
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -26,9 +28,17 @@ begin = time.perf_counter()
 model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 samples = load_file(options.samples)["input_ids"]
 stage = options.stage
-if stage["technique"] == "gptq":
+int8 = QuantizationModifier(ignore=["lm_head"], targets=["Linear"], scheme="W8A8")
+recipe = None
+if stage["technique"] == "smoothquant":
+    recipe = [SmoothQuantModifier(smoothing_strength=0.5), int8]
+elif stage["technique"] == "dynamic_int8":
+    recipe = int8
+elif stage.get("scheme") == "FP8":
+    recipe = QuantizationModifier(ignore=["lm_head"], targets=["Linear"], scheme="FP8_DYNAMIC")
+elif stage["technique"] in ("gptq", "round_to_nearest"):
     weights = {
-        "num_bits": 4,
+        "num_bits": int(stage["scheme"][1]),
         "type": "int",
         "symmetric": True,
         "strategy": "group",
@@ -36,7 +46,8 @@ if stage["technique"] == "gptq":
         "observer": options.observer,
     }
     scheme = {"group_0": {"targets": ["Linear"], "weights": weights}}
-    recipe = GPTQModifier(ignore=["lm_head"], config_groups=scheme)
+    modifier = GPTQModifier if stage["technique"] == "gptq" else QuantizationModifier
+    recipe = modifier(ignore=["lm_head"], config_groups=scheme)
 else:
     modifier = {"sparsegpt": SparseGPTModifier, "wanda": WandaPruningModifier}[stage["technique"]]
     structure = stage.get("mask_structure", "0:0")

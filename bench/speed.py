@@ -1,6 +1,6 @@
 """One technique on SmolLM2-135M: our time and perplexity against llm-compressor's, in one call, in turns.
 
-    .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda] [--runs 1] [--num-samples 64]
+    .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda | smoothquant] [--runs 1] [--num-samples 64]
 
 Both compute in float32 with the same samples and threads, each in a process of its own, and are timed from the
 start of the process to the files on disk. The limit is the floating-point operations of one forward pass and of the
@@ -23,13 +23,13 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from bench.materials import FOLDER, ROOT, peer_python, smollm2, wikitext
+from bench.scoring import paired_difference, token_losses
 from workers.engine.text import calibration_samples, read_documents, tokenize
 
 EVALUATION_TOKENS = 16_384
-WINDOW = 1_024
 
 
 def main() -> None:
@@ -38,14 +38,16 @@ def main() -> None:
     arguments.add_argument("--runs", type=int, default=1, help="of each, in turns")
     arguments.add_argument("--num-samples", type=int, default=64)
     arguments.add_argument("--max-seq-length", type=int, default=512)
-    arguments.add_argument("--technique", choices=["gptq", "sparsegpt", "wanda"], default="gptq")
-    arguments.add_argument("--group-size", type=int, default=64, help="of gptq")
-    arguments.add_argument("--sparsity", type=float, default=0.5, help="of the others")
-    arguments.add_argument("--mask-structure", help="of the others, such as 2:4; their sparsity follows from it")
+    arguments.add_argument("--technique", choices=["gptq", "sparsegpt", "wanda", "smoothquant", "awq"], default="gptq")
+    arguments.add_argument("--group-size", type=int, default=64, help="of gptq and awq")
+    arguments.add_argument("--sparsity", type=float, default=0.5, help="of sparsegpt and wanda")
+    arguments.add_argument("--mask-structure", help="of these two, such as 2:4; their sparsity follows from it")
     arguments.add_argument("--peer-observer", default="minmax", help="llm-compressor's default, or memoryless_mse")
     arguments.add_argument("--skip-peer", action="store_true")
     options = arguments.parse_args()
-    model, python = smollm2(), None if options.skip_peer else peer_python()
+    # llm-compressor's AWQ stops without an accelerator.
+    has_peer = not options.skip_peer and options.technique != "awq"
+    model, python = smollm2(), peer_python() if has_peer else None
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     # Six characters a token are more than enough, and short enough for a job to take in whole.
     text = wikitext("valid")[: 6 * options.num_samples * options.max_seq_length]
@@ -65,13 +67,14 @@ def main() -> None:
             theirs.append(_timed(_peer_command(python, work, model, options)))
             rates.append(gemm_rate())
     _check_same_samples(work, tokenizer, samples)
-    test_ids = torch.tensor(tokenizer(wikitext("test"))["input_ids"])
+    test_ids = torch.tensor(tokenizer(wikitext("test"))["input_ids"])[:EVALUATION_TOKENS]
     folders = {"original": model, "attar": work / "attar" / "artifact", "llm-compressor": work / "llm-compressor"}
     losses = {name: token_losses(folder, test_ids) for name, folder in folders.items() if folder.exists()}
     for name, loss in losses.items():
         print(f"perplexity  {name:16} {math.exp(float(loss.mean())):.3f}")
     if theirs:
-        print(f"paired log-perplexity difference to llm-compressor: {_difference(losses)}")
+        found = paired_difference(losses["attar"], losses["llm-compressor"])
+        print(f"log-perplexity, ours less theirs: {found.value:+.5f} ± {found.standard_error:.5f}")
     print(f"seconds     attar            {_spread(ours)}")
     if theirs:
         print(f"seconds     llm-compressor   {_spread(theirs)}")
@@ -79,7 +82,9 @@ def main() -> None:
         print(f"ratio of times               {_spread(ratios)}")
     rate = statistics.median(rates)
     config = json.loads((model / "config.json").read_text())
-    operations = limit_operations(config, samples.numel(), samples.shape[1], hessians=options.technique != "wanda")
+    operations = limit_operations(
+        config, samples.numel(), samples.shape[1], hessians=options.technique in {"gptq", "awq", "sparsegpt"}
+    )
     limit = operations / rate
     print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
     print(f"attar takes {statistics.median(ours) / limit:.2f} times that")
@@ -110,17 +115,6 @@ def gemm_rate(seconds: float = 2.0) -> float:
     return 2 * 4096 * 1536 * 1536 * count / (time.perf_counter() - begin)
 
 
-@torch.inference_mode()
-def token_losses(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """The loss of every scored token, by the model that plain transformers opens."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    parts = []
-    for window in torch.split(ids[:EVALUATION_TOKENS], WINDOW):
-        logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]
-        parts.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none").double())
-    return torch.cat(parts)
-
-
 def _check_same_samples(work: Path, tokenizer: Any, samples: torch.Tensor) -> None:
     """Our job cut its samples from the text by itself: they have to be those that the peer was given."""
     documents = read_documents(work / "attar" / "source" / "calibration.jsonl")
@@ -143,8 +137,10 @@ def _peer_command(python: Path, work: Path, model: Path, options: argparse.Names
 
 def _stage(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe's one stage, which the peer reads as well."""
-    if options.technique == "gptq":
-        return {"technique": "gptq", "scheme": "W4A16", "group_size": options.group_size}
+    if options.technique in {"gptq", "awq"}:
+        return {"technique": options.technique, "scheme": "W4A16", "group_size": options.group_size}
+    if options.technique == "smoothquant":
+        return {"technique": "smoothquant"}
     if options.mask_structure:
         return {"technique": options.technique, "mask_structure": options.mask_structure}
     return {"technique": options.technique, "sparsity": options.sparsity}
@@ -167,12 +163,6 @@ def _timed(command: list[str]) -> float:
     seconds = time.perf_counter() - begin
     print(f"{seconds:8.1f} s  {Path(command[0]).parent.parent.name}  {command[1:3]}", flush=True)
     return seconds
-
-
-def _difference(losses: dict[str, torch.Tensor]) -> str:
-    difference = losses["attar"] - losses["llm-compressor"]
-    means = difference[: difference.numel() // 128 * 128].view(-1, 128).mean(dim=-1)
-    return f"{float(difference.mean()):+.5f} ± {float(means.std()) / math.sqrt(means.numel()):.5f}"
 
 
 def _spread(values: list[float]) -> str:

@@ -36,6 +36,10 @@ class Architecture:
     after_blocks: tuple[str, ...] = ("model.norm",)
     head: str = "lm_head"
     earlier_head: str = "lm_head"  # its name in checkpoints, where transformers has renamed it since
+    prefix: str = ""  # of every name but the head's; checkpoints of the bare body lack it
+    # Ends of names that old checkpoints hold and the model computes by itself.
+    buffers: tuple[str, ...] = (".rotary_emb.inv_freq",)
+    is_transposed: bool = False  # linear weights lie in_features × out_features, as Conv1D has them
     # Linear layers of one block, in order of execution; those in one group read the same input.
     linear_groups: tuple[tuple[str, ...], ...] = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -53,13 +57,26 @@ class Architecture:
     )
     # What config.json says when it is silent, and how it calls sizes that others call by Llama's names.
     ties_by_default: bool = False
-    intermediate_size: str = "intermediate_size"
-    embedding_size: str = "hidden_size"
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def linear_layers(self) -> tuple[str, ...]:
         """Every linear layer of one block."""
         return tuple(name for group in self.linear_groups for name in group)
+
+    def size(self, name: str) -> str:
+        """What config.json calls ``hidden_size`` or another of Llama's sizes, or ``embedding_size``."""
+        return self.renamed.get(name, "hidden_size" if name == "embedding_size" else name)
+
+    def canonical(self, stored: str) -> str | None:
+        """The model's name of a tensor that a checkpoint may store under another one; None for what is no parameter."""
+        if stored.endswith(self.buffers):
+            return None
+        if stored.startswith(self.earlier_head + "."):
+            return self.head + stored.removeprefix(self.earlier_head)
+        if stored.startswith((self.prefix, self.head + ".")):
+            return stored
+        return self.prefix + stored
 
     def producer(self, group: Sequence[str], config: Mapping[str, Any]) -> Producer | None:
         """What makes the input of a group of linear layers; None where nothing could take over a scale."""
@@ -125,8 +142,28 @@ ARCHITECTURES: Mapping[str, Architecture] = {
                 "fc2": Producer("fc1", "linear", (("activation_function", "relu"),)),
             },
             ties_by_default=True,
-            intermediate_size="ffn_dim",
-            embedding_size="word_embed_proj_dim",
+            renamed={"intermediate_size": "ffn_dim", "embedding_size": "word_embed_proj_dim"},
+        ),
+        Architecture(
+            "gpt2",
+            blocks="transformer.h",
+            embedding="transformer.wte",
+            before_blocks=("transformer.wte", "transformer.wpe"),
+            after_blocks=("transformer.ln_f",),
+            prefix="transformer.",
+            buffers=(".attn.bias", ".attn.masked_bias"),
+            is_transposed=True,
+            linear_groups=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+            producers={"attn.c_attn": Producer("ln_1", "norm"), "mlp.c_fc": Producer("ln_2", "norm")},
+            ties_by_default=True,
+            renamed={
+                "hidden_size": "n_embd",
+                "embedding_size": "n_embd",
+                "intermediate_size": "n_inner",
+                "num_hidden_layers": "n_layer",
+                "num_attention_heads": "n_head",
+                "max_position_embeddings": "n_positions",
+            },
         ),
         Architecture(
             "gpt_neox",
@@ -135,6 +172,7 @@ ARCHITECTURES: Mapping[str, Architecture] = {
             before_blocks=("gpt_neox.embed_in",),
             after_blocks=("gpt_neox.final_layer_norm",),
             earlier_head="embed_out",
+            buffers=(".rotary_emb.inv_freq", ".attention.bias", ".attention.masked_bias"),
             linear_groups=(
                 ("attention.query_key_value",),
                 ("attention.dense",),
@@ -152,6 +190,11 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 ENCODERS = frozenset({"bert", "distilbert", "roberta", "albert", "electra", "deberta", "deberta-v2", "modernbert"})
 
 
+def may_be_causal(names: Sequence[object]) -> bool:
+    """Whether the ``architectures`` of a config.json name a causal language model, or nothing."""
+    return not names or any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in names)
+
+
 def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """The table's row for a ``config.json``.
 
@@ -159,7 +202,7 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
     """
     model_type = config.get("model_type")
     names = config.get("architectures") or []
-    if model_type in ENCODERS or (names and not any(str(name).endswith("ForCausalLM") for name in names)):
+    if model_type in ENCODERS or not may_be_causal(names):
         raise UserError(
             "not_a_causal_model",
             f"The model is {names[0] if names else model_type}, not a causal language model.",

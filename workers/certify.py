@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from workers.engine.device import compute_device
 from workers.engine.text import read_documents, tokenize
-from workers.errors import CrashError, JobError, UserError, is_out_of_memory, model_unusable
+from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.quality import measure, windows_of
 from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_runs, measure_speed
@@ -60,6 +60,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     progress("certify.open", 0.05)
     artifact = open_checkpoint(work / "artifact", device)
     _check_logits(artifact.model, work / "probe.safetensors")
+    _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
     size = _check_size(work / "artifact", source, recipe)
     _warn_of_size(size, emit)
     stages = _prove_stages(artifact.model, recipe, compressed["stages"])
@@ -110,6 +111,24 @@ def _check_logits(model: Any, probe: Path) -> None:
         )
 
 
+def _check_generation_settings(artifact: Opened, folder: Path, prompt: str, emit: Emit) -> None:
+    """Leave out a generation_config.json that `model.generate` stumbles over: the model card's lines have to run."""
+    path = folder / "generation_config.json"
+    if not path.exists():
+        return
+    try:
+        inputs = artifact.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+        artifact.model.generate(**inputs.to(artifact.model.device), max_new_tokens=2)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        path.unlink()
+        message = (
+            f"generation_config.json is left out, as model.generate fails with it: {type(error).__name__}: {error}"
+        )
+        emit({"event": "warning", "code": "generation_config_dropped", "message": message[:500], "param": "model.id"})
+
+
 def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Bytes before and after. A result has to be smaller, unless its weights prove what was done to them."""
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
@@ -151,7 +170,7 @@ def _open_original(folder: Path, device: torch.device) -> Opened:
     try:
         return open_checkpoint(folder, device)
     except Exception as error:
-        if isinstance(error, JobError) or is_out_of_memory(error):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         raise model_unusable(error) from error
 

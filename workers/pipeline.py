@@ -14,12 +14,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from workers.architectures import Architecture, architecture_of
+from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device
 from workers.engine.journal import Journal
+from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
-from workers.engine.stream import Stream, Streamed
+from workers.engine.stream import Stream
 from workers.engine.text import calibration_samples, read_documents, tokenize
 from workers.errors import UserError
 from workers.formats import compressed_tensors
@@ -70,7 +71,6 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         emit({"event": "stage", "index": index, "status": "running", "metrics": {}})
     streamed = Stream(skeleton, recipe, journal, progress).run(calibration, probe)
     emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
-    journal.parts.write("rest", _rest(checkpoint, architecture))
     check_unchanged(work / "source")
     _export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
@@ -123,16 +123,6 @@ def _calibration(work: Path, recipe: Recipe, tokenizer: Any, max_positions: int,
     return samples
 
 
-def _rest(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tensor]:
-    """What is stored outside the blocks; a head that is tied to the embedding is stored once."""
-    tied = architecture.is_tied(checkpoint.config)
-    return {
-        name: checkpoint.as_stored(name)
-        for name in checkpoint.parameters()
-        if not name.startswith(architecture.blocks + ".") and not (tied and name.startswith(architecture.head + "."))
-    }
-
-
 def _export(
     folder: Path,
     skeleton: Skeleton,
@@ -154,6 +144,7 @@ def _export(
             skeleton.linear_layers,
             recipe.output.packing,
             quantizes_activations=recipe.quantizes_activations,
+            unpacks_on_load=recipe.quantizes_embeddings,
         )
     write_json(folder / "config.json", config)
     for pattern in COMPANION_FILES:

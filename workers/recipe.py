@@ -153,6 +153,11 @@ class Recipe(_Part):
         return self.output.packing is not None
 
     @property
+    def quantizes_embeddings(self) -> bool:
+        """Whether the token embedding and the head are rounded too."""
+        return self.quantization is not None and self.quantization.embeddings
+
+    @property
     def quantizes_activations(self) -> bool:
         """Whether quantized layers also quantize what they read, whenever the model runs."""
         return self.quantization is not None and self.quantization.facts.quantizes_activations
@@ -236,6 +241,10 @@ def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:
             "output.format",
             f"compressed-tensors packs codes of 4 and 8 bits and {quantization.scheme} has {scheme.num_bits}; "
             "use safetensors, which stores their values at full width",
+        )
+    elif quantization.embeddings and output.packing != "pack-quantized":
+        raise RecipeError(
+            "output_format_impossible", "output.packing", "embeddings are read from pack-quantized codes alone"
         )
     elif output.packing not in packings:
         raise RecipeError(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from app.errors import PreconditionError, RangeError
 
-_RANGE = re.compile(r"bytes\s*=\s*(\d{0,18})\s*-\s*(\d{0,18})", re.IGNORECASE)
+_RANGE = re.compile(r"bytes\s*=\s*(\d{0,40})\s*-\s*(\d{0,40})", re.IGNORECASE)
 
 
 @dataclass(frozen=True)

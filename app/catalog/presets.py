@@ -26,12 +26,12 @@ PRESETS: dict[str, Preset] = {
     for preset in (
         Preset(
             "int8",
-            "8-bit weights, one scale a channel: half of the linear layers' bytes, hardly any loss; takes seconds.",
+            "8-bit weights, one scale a channel: half of a 16-bit model's linear layers, hardly any loss.",
             _recipe({"technique": "round_to_nearest", "scheme": "W8A16", "group_size": None}),
         ),
         Preset(
             "int4",
-            "4-bit weights by GPTQ, in groups of 64: 27 % of the linear layers' bytes; takes minutes of calibration.",
+            "4-bit weights by GPTQ, in groups of 64: 27 % of a 16-bit model's linear layers; takes minutes.",
             _recipe({"technique": "gptq", "scheme": "W4A16", "group_size": 64}),
         ),
         Preset(
@@ -40,8 +40,13 @@ PRESETS: dict[str, Preset] = {
             _recipe({"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 64, "clip_search": True}),
         ),
         Preset(
+            "int4-all",
+            "int4 with the embedding and the output head packed too: the fewest bytes, and more loss.",
+            _recipe({"technique": "gptq", "scheme": "W4A16", "group_size": 64, "embeddings": True}),
+        ),
+        Preset(
             "fp8",
-            "FP8 weights and activations: half of the linear layers' bytes, for GPUs that multiply FP8.",
+            "FP8 weights and activations: half of a 16-bit model's linear layers, for GPUs that multiply FP8.",
             _recipe({"technique": "round_to_nearest", "scheme": "FP8"}),
         ),
         Preset(

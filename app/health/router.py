@@ -26,12 +26,14 @@ class ReadinessView(BaseModel):
     status: Literal["ready"]
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz", summary="Is the process alive?")
 async def healthz() -> HealthView:
     """Always `ok`: whoever is asked can answer."""
     return HealthView(status="ok")
 
 
+@router.head("/readyz", include_in_schema=False, response_model=None)
 @router.get("/readyz", summary="Can it serve?", response_model=ReadinessView, responses=responses(503))
 def readyz(parts: AppParts) -> ReadinessView | Response:
     """Asks the database, Redis and the storage."""

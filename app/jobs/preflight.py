@@ -40,13 +40,23 @@ def check(
             artifact=_artifact_of(submission.model.id, tenant_id, database, storage),
             timeout_seconds=settings.hub_timeout_seconds,
         )
-        architecture_of(facts.config)
+        check_format(submission.recipe, facts)
         check_group_size(submission.recipe, facts)
+        check_embeddings(submission.recipe, facts)
         check_mask_structure(submission.recipe, facts)
         _check_datasets(submission.recipe, settings)
     except JobError as error:
         raise of_job_error(error) from error
     return facts
+
+
+def asks_hub(submission: JobSubmission) -> bool:
+    """Whether checking it waits for a hub."""
+    recipe = submission.recipe
+    datasets = [part.dataset for part in (recipe.calibration, recipe.training, recipe.evaluation) if part is not None]
+    return not submission.model.id.startswith(("file:", "job:")) or any(
+        isinstance(dataset, str) and dataset.startswith("hub:") for dataset in datasets
+    )
 
 
 def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
@@ -68,6 +78,42 @@ def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
             param=f"recipe.stages[{index}].group_size",
             hint=f"Sizes that fit: {_listed(fitting or widths)}; or null for one scale a channel.",
         )
+
+
+def check_format(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse an architecture that is not supported, or whose layers the output format cannot hold as codes.
+
+    Raises UserError ``unsupported_architecture``, ``not_a_causal_model`` or ``output_format_impossible``.
+    """
+    architecture = architecture_of(facts.config)
+    if architecture.is_transposed and recipe.stores_codes:
+        raise UserError(
+            "output_format_impossible",
+            f"compressed-tensors packs linear layers, and those of {architecture.model_type} are convolutions.",
+            param="recipe.output.format",
+            hint="Set recipe.output.format to safetensors: values at full width, their packed size in the report.",
+        )
+
+
+def check_embeddings(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse packed embeddings where the group size does not divide every matrix: loaders take one grid for all.
+
+    Raises UserError ``group_size_fits_not_all``.
+    """
+    stage = recipe.quantization
+    if stage is None or not stage.embeddings or not recipe.stores_codes or stage.group_size is None:
+        return
+    size = stage.group_size
+    widths = sorted({*facts.linear_in_features, facts.config[architecture_of(facts.config).size("embedding_size")]})
+    if all(group_size_fits(width, size) for width in widths):
+        return
+    fitting = [size for size in (32, 64, 96, 128, 192, 256) if all(group_size_fits(width, size) for width in widths)]
+    raise UserError(
+        "group_size_fits_not_all",
+        f"With embeddings, groups of {size} would have to divide every matrix: they have {_listed(widths)} columns.",
+        param=f"recipe.stages[{len(recipe.stages) - 1}].group_size",
+        hint=f"Sizes that fit: {_listed(fitting)}; or null for one scale a channel.",
+    )
 
 
 def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import partial
 from typing import Annotated, Any
 
 from anyio import to_thread
@@ -13,7 +14,7 @@ from sqlalchemy.orm import Session
 from app.auth import BearerCredentials, CurrentPrincipal, KeyBeforeBody, authenticate
 from app.dependencies import AppParts
 from app.errors import responses
-from app.jobs import service
+from app.jobs import preflight, service
 from app.jobs.models import JOB_ID
 from app.jobs.repository import ShownJob
 from app.jobs.schemas import JobList, JobSubmission, JobView, Status
@@ -75,9 +76,11 @@ async def submit_job(
 ) -> JobView:
     """Check the model, the data and the recipe, then queue the job."""
     jobs = JobService(parts.settings, parts.database, parts.storage)
-    shown, is_replayed = await to_thread.run_sync(
-        jobs.submit, principal.tenant_id, submission, idempotency, limiter=parts.submitting
-    )
+    submit = partial(jobs.submit, principal.tenant_id, submission, idempotency)
+    if preflight.asks_hub(submission):
+        shown, is_replayed = await parts.hub_threads.run(principal.tenant_id, submit)
+    else:
+        shown, is_replayed = await to_thread.run_sync(submit)
     response.headers["Location"] = f"/v1/jobs/{shown.job.id}"
     if is_replayed:
         response.headers["Idempotency-Replayed"] = "true"

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.models import write_tiny_llama, write_tokenizer
+from tests.models import write_tiny_llama, write_tiny_model, write_tokenizer
 from tests.workers.attempts import Attempt, certified, compressed, fetched
 from workers.certify import certify
 from workers.engine.checkpoint import Checkpoint
@@ -47,6 +47,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"stages": [{**GPTQ, "symmetric": False, "act_order": False, "clip_search": False}]},
         {"stages": [{**GPTQ, "scheme": "W8A16", "group_size": None}]},
         {"stages": [{**GPTQ, "scheme": "W3A16"}]},
+        {"stages": [{**GPTQ, "embeddings": True}]},
+        {"stages": [{**INT8, "embeddings": True}]},
+        {"stages": [{**NEAREST, "symmetric": False, "embeddings": True, "ignore": ["*.0.self_attn.*"]}]},
+        {"stages": [{**NEAREST, "scheme": "W5A16", "embeddings": True}]},
         {"stages": [{"technique": "gptq", "scheme": "W8A8"}]},
         {"stages": [{"technique": "dynamic_int8"}]},
         {"stages": [{"technique": "smoothquant"}]},
@@ -113,6 +117,24 @@ def test_codes_that_are_not_stored_are_proven_by_the_values(tiny_llama: Path, tm
     assert plain.report["quality"]["perplexity"] == pytest.approx(packed.report["quality"]["perplexity"], rel=1e-2)
 
 
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_packed_embedding_is_stored_once_for_all_that_share_it(is_tied: bool, tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", "llama", num_key_value_heads=2, tie_word_embeddings=is_tied)
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [{**GPTQ, "embeddings": True}]})
+    stored = load_file(attempt.artifact / "model.safetensors")
+    assert "model.embed_tokens.weight_packed" in stored
+    assert ("lm_head.weight_packed" in stored) != is_tied
+    assert not any(name.endswith("embed_tokens.weight") or name == "lm_head.weight" for name in stored)
+    names = set(attempt.report["stages"][0]["layers"])
+    assert {"model.embed_tokens", "lm_head"} & names == (
+        {"model.embed_tokens"} if is_tied else {"model.embed_tokens", "lm_head"}
+    )
+    again = certified(
+        tmp_path / "again", attempt.artifact, {"stages": [{**NEAREST, "scheme": "W2A16", "embeddings": True}]}
+    )
+    assert again.outcome["result"]["original_size_bytes"] <= attempt.outcome["result"]["size_bytes"]
+
+
 def test_pruned_weights_are_still_zero_after_quantization(tiny_llama: Path, tmp_path: Path) -> None:
     pruning = {"technique": "magnitude", "mask_structure": "2:4"}
     pruned = weights(compressed(tmp_path / "pruned", tiny_llama, {"stages": [pruning]}).artifact)
@@ -138,6 +160,42 @@ def test_the_same_recipe_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) 
     assert names == sorted(path.name for path in second.iterdir())
     for name in names:
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_an_ignored_layer_takes_over_no_scale_either(tiny_llama: Path, tmp_path: Path) -> None:
+    stage = {"technique": "awq", "scheme": "W4A16", "group_size": 32, "ignore": ["*.up_proj"]}
+    attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [stage]})
+    before, after = load_file(tiny_llama / "model.safetensors"), load_file(attempt.artifact / "model.safetensors")
+    name = "model.layers.0.mlp.up_proj.weight"
+    assert torch.equal(before[name], after[name])
+
+
+def test_settings_that_generate_stumbles_over_are_left_out_and_it_is_said(tiny_llama: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    (model / "generation_config.json").write_text('{"do_sample": true, "temperature": -3.0, "top_p": 50}')
+    attempt = certified(tmp_path / "work", model, {"stages": [INT8]})
+    assert "generation_config_dropped" in [event.get("code") for event in attempt.events]
+    loaded: Any = AutoModelForCausalLM.from_pretrained(attempt.artifact)
+    assert loaded.generate(torch.tensor([[1, 2]]), max_new_tokens=2).shape[1] <= 4
+
+
+@pytest.mark.parametrize(("name", "is_dropped"), [("inv_freq", True), ("foo", False)])
+def test_only_buffers_that_the_model_computes_itself_are_dropped(
+    name: str, is_dropped: bool, tiny_llama: Path, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(tiny_llama, model)
+    tensors = load_file(model / "model.safetensors")
+    tensors[f"model.layers.0.self_attn.rotary_emb.{name}"] = torch.ones(8)
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    if is_dropped:
+        attempt = certified(tmp_path / "work", model, {"stages": [INT8]})
+        assert not any("rotary" in key for key in load_file(attempt.artifact / "model.safetensors"))
+        return
+    with pytest.raises(UserError) as caught:
+        compressed(tmp_path / "work", model, {"stages": [INT8]})
+    assert caught.value.code == "checkpoint_mismatch"
 
 
 def test_ignored_layers_keep_their_bytes(tiny_llama: Path, tmp_path: Path) -> None:

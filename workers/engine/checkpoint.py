@@ -33,16 +33,17 @@ class Checkpoint:
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
-                    name = stored
-                    if row is not None and stored.startswith(row.earlier_head + "."):
-                        name = row.head + stored.removeprefix(row.earlier_head)
-                    self._file_of[name], self._stored_name[name] = path, stored
+                    name = stored if row is None else row.canonical(stored)
+                    if name is not None:
+                        self._file_of[name], self._stored_name[name] = path, stored
         self._schemes = _QuantizationSchemes(self.config.get("quantization_config"))
 
     @property
     def max_positions(self) -> int:
         """The longest sequence that the model was made for."""
-        return int(self.config.get("max_position_embeddings") or sys.maxsize)
+        row = ARCHITECTURES.get(str(self.config.get("model_type")))
+        name = "max_position_embeddings" if row is None else row.size("max_position_embeddings")
+        return int(self.config.get(name) or sys.maxsize)
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of stored tensors that begin with ``prefix``, sorted."""
@@ -132,7 +133,7 @@ class _QuantizationSchemes:
                 hint="Give the original checkpoint, or an earlier compressed-tensors result.",
             )
         self._config = QuantizationConfig.model_validate(
-            {key: value for key, value in description.items() if key != "sparsity_config"}
+            {key: value for key, value in description.items() if key not in {"sparsity_config", "dequantize"}}
         )
 
     def __bool__(self) -> bool:

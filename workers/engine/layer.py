@@ -23,6 +23,8 @@ class Layer:
     input_statistics: InputStatistics | None = None
     zeros: Tensor | None = None  # boolean, like weight: pruned, and to stay zero
     stores_codes: bool = True  # and not the values that codes stand for
+    # Loaders that unpack while they read compute in the type of the scales; others in that of the model, here float32.
+    unpacks_narrowly: bool = False
     quantized: QuantizedWeight | None = None
     input_scale: Tensor | None = None  # float32, in_features: what the layer reads comes divided by it
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Layer:
 
     def effective_weight(self) -> Tensor:
         """The weight that the artifact will compute with, in float32."""
-        if self.quantized is not None and self.stores_codes:
-            return self.quantized.dequantize()
-        return self.stored_weight().to(torch.float32)
+        if self.quantized is None or not self.stores_codes:
+            return self.stored_weight().to(torch.float32)
+        weight = self.quantized.dequantize()
+        return weight.to(self.quantized.grid.scale_dtype).to(torch.float32) if self.unpacks_narrowly else weight

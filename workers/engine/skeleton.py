@@ -62,6 +62,19 @@ class Skeleton:
         module: nn.Module = self.model.get_submodule(name)
         return module
 
+    def linear_weight(self, name: str) -> Tensor:
+        """The weight of a loaded linear layer, out_features × in_features whatever way its module has it."""
+        weight: Tensor = self.module(name).get_parameter("weight")
+        return weight.T.contiguous() if self.architecture.is_transposed else weight
+
+    def assign_linear(self, name: str, weight: Tensor) -> None:
+        """Make ``weight`` (out_features × in_features) that of a linear layer."""
+        self.assign(f"{name}.weight", self.as_module_has_it(weight))
+
+    def as_module_has_it(self, weight: Tensor) -> Tensor:
+        """A weight of out_features × in_features, the way that the modules and the checkpoint have it."""
+        return weight.T.contiguous() if self.architecture.is_transposed else weight
+
     def load(self, prefix: str) -> None:
         """Read every parameter of the module ``prefix`` from the checkpoint, in float32.
 
@@ -126,7 +139,7 @@ class Skeleton:
         """
         known = {name for name, _ in self.model.named_parameters(remove_duplicate=False)}
         known |= {name for name, _ in self.model.named_buffers(remove_duplicate=False)}
-        unknown = [name for name in self.checkpoint.parameters() if name not in known and "rotary_emb" not in name]
+        unknown = [name for name in self.checkpoint.parameters() if name not in known]
         if unknown:
             raise UserError(
                 "checkpoint_mismatch",

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +13,9 @@ from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, Gate
 from workers.engine.journal import Journal, part_name
 from workers.engine.layer import Layer
+from workers.engine.outer import Outer
 from workers.engine.rescaling import take_over
+from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.errors import UserError
@@ -32,57 +30,6 @@ TOKENS_PER_PASS = 4096
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
 
-@dataclass
-class BlockResult:
-    """What the report and the config need of one finished block."""
-
-    metrics: list[dict[str, dict[str, Any]]]  # of each stage, by layer
-    fallbacks: list[list[dict[str, Any]]]  # of each stage
-    grids: dict[str, tuple[Grid, int]] = field(default_factory=dict)  # of quantized layers, with in_features
-
-    def to_json(self) -> dict[str, Any]:
-        """As the journal keeps it."""
-        grids = {
-            name: [{**asdict(grid), "scale_dtype": str(grid.scale_dtype)}, in_features]
-            for name, (grid, in_features) in self.grids.items()
-        }
-        return {"metrics": self.metrics, "fallbacks": self.fallbacks, "grids": grids}
-
-    @classmethod
-    def from_json(cls, kept: dict[str, Any]) -> BlockResult:
-        """From what :meth:`to_json` gave."""
-        grids = {
-            name: (
-                Grid(**{**grid, "scale_dtype": getattr(torch, grid["scale_dtype"].removeprefix("torch."))}),
-                in_features,
-            )
-            for name, (grid, in_features) in kept["grids"].items()
-        }
-        return cls(kept["metrics"], kept["fallbacks"], grids)
-
-
-@dataclass
-class Streamed:
-    """What came of it, apart from the parts on disk."""
-
-    probe_logits: Tensor  # float32, tokens × vocabulary: what the artifact has to give on the probe
-    blocks: list[BlockResult] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-
-    def metrics(self, stage: int) -> dict[str, dict[str, Any]]:
-        """What was measured in a stage, by layer."""
-        return {name: metrics for block in self.blocks for name, metrics in block.metrics[stage].items()}
-
-    def fallbacks(self, stage: int) -> list[dict[str, Any]]:
-        """Which layers of a stage got something else than what was asked for."""
-        return [fallback for block in self.blocks for fallback in block.fallbacks[stage]]
-
-    @property
-    def grids(self) -> dict[str, tuple[Grid, int]]:
-        """The grids of all quantized layers, with their numbers of input columns."""
-        return {name: grid for block in self.blocks for name, grid in block.grids.items()}
-
-
 class Stream:
     """One pass over a checkpoint that applies the stages of a recipe to every block."""
 
@@ -91,7 +38,8 @@ class Stream:
         self.recipe = recipe
         self.journal = journal
         self.progress = progress
-        self.result = Streamed(probe_logits=torch.empty(0))
+        self._outer = Outer(skeleton, recipe, journal.parts)
+        self.result = Streamed(self._outer.result)
         self._gates: dict[str, Gate] = {}
         self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
 
@@ -112,6 +60,8 @@ class Stream:
         probe_pass = ForwardPass(skeleton.model, probe.unsqueeze(0).to(skeleton.device))
         passes = [] if calibration is None else self._passes(calibration)
         everyone = [*passes, probe_pass]
+        with self._timed("write"):
+            self._outer.write()
         with self._timed("forward"):
             self._begin(blocks, everyone)
         for index in range(self.journal.num_blocks, len(blocks)):
@@ -142,11 +92,9 @@ class Stream:
     def _begin(self, blocks: list[str], passes: list[ForwardPass]) -> None:
         """Bring every pass to the first block that is not finished."""
         skeleton, journal = self.skeleton, self.journal
-        self.result.blocks = [BlockResult.from_json(entry) for entry in journal.entries]
+        self.result.blocks = [PartResult.from_json(entry) for entry in journal.entries]
         done, first = blocks[: journal.num_blocks], blocks[journal.num_blocks]
-        before_blocks = skeleton.present(skeleton.architecture.before_blocks)
-        for name in before_blocks:
-            skeleton.load(name)
+        before_blocks = self._outer.load_before_blocks()
         if journal.has_activations([[*each.input_shape, skeleton.hidden_size] for each in passes]):
             with skeleton.skipped(done):
                 for number, each in enumerate(passes):
@@ -175,7 +123,9 @@ class Stream:
                 if name.startswith(layer + ".weight")
             }
             weight = compressed_tensors.decode(encoded, grid, in_features, self.recipe.output.packing)
-            self.skeleton.assign(f"{layer}.weight", weight.to(self.skeleton.device))
+            if self.recipe.quantizes_embeddings:
+                weight = weight.to(grid.scale_dtype).to(torch.float32)
+            self.skeleton.assign_linear(layer, weight.to(self.skeleton.device))
             self._gates[layer].transform = self._as_read(grid)
         for name, tensor in stored.items():
             self.skeleton.assign(name, tensor.to(self.skeleton.device, torch.float32))
@@ -196,8 +146,7 @@ class Stream:
         groups = self.skeleton.architecture.linear_groups
         block = blocks[index]
         done: list[Layer] = []
-        stages = self.recipe.stages
-        self.result.blocks.append(BlockResult([{} for _ in stages], [[] for _ in stages]))
+        self.result.blocks.append(PartResult.empty(len(self.recipe.stages)))
         for number, group in enumerate(groups):
             leader = f"{block}.{group[0]}"
             self.progress(leader, index, len(blocks), (index + number / len(groups)) / len(blocks))
@@ -206,7 +155,7 @@ class Stream:
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)
             for layer in layers:
-                self.skeleton.assign(f"{layer.name}.weight", layer.effective_weight())
+                self.skeleton.assign_linear(layer.name, layer.effective_weight())
                 grid = None if layer.quantized is None else layer.quantized.grid
                 self._gates[layer.name].transform = self._as_read(grid, layer.input_scale)
             done += layers
@@ -225,7 +174,7 @@ class Stream:
         """Bring every pass to the layer ``leader`` and take in what it brought there."""
         if not passes:
             return None
-        in_features = self.skeleton.module(leader).get_parameter("weight").shape[1]
+        in_features = self.skeleton.linear_weight(leader).shape[1]
         statistics = InputStatistics(leader, in_features, self.recipe.statistics, self.skeleton.device)
         for each in passes:
             with self._timed("forward"):
@@ -236,14 +185,21 @@ class Stream:
         return statistics
 
     def _layer(self, name: str, statistics: InputStatistics | None) -> Layer:
-        weight = self.skeleton.module(name).get_parameter("weight")
+        weight = self.skeleton.linear_weight(name)
         dtype = self.skeleton.checkpoint.stored_dtype(f"{name}.weight")
-        return Layer(name, weight, dtype, statistics, stores_codes=self.recipe.stores_codes)
+        return Layer(
+            name,
+            weight,
+            dtype,
+            statistics,
+            stores_codes=self.recipe.stores_codes,
+            unpacks_narrowly=self.recipe.quantizes_embeddings,
+        )
 
     def _apply_stages(self, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]) -> None:
         """Run every stage on the layers of one input; ``done`` are those of the block before them."""
         for index, stage in enumerate(self.recipe.stages):
-            taken = [layer for layer in layers if not is_ignored(stage, layer.name)]
+            taken = [layer for layer in layers if not stage.ignores(layer.name)]
             if len(taken) == len(layers):
                 self._rescale(stage, block, group, layers, done)
             for layer in taken:
@@ -260,10 +216,12 @@ class Stream:
         """Move a scale that the stage asks for from the input of ``layers`` to whatever makes it."""
         checkpoint = self.skeleton.checkpoint
         producer = self.skeleton.architecture.producer(group, checkpoint.config)
-        scale = None if producer is None else stage.input_scale(layers)
-        if producer is None or scale is None:
+        if producer is None:
             return
         name = f"{block}.{producer.name}"
+        scale = None if producer.kind == "linear" and stage.ignores(name) else stage.input_scale(layers)
+        if scale is None:
+            return
         made = next((layer for layer in done if layer.name == name), None)
         scale = take_over(producer, name, scale, self._stored, self._changed, made)
         statistics = layers[0].statistics.scaled(scale)
@@ -283,7 +241,7 @@ class Stream:
         for layer in layers:
             packing = self.recipe.output.packing
             if layer.quantized is None or packing is None:
-                tensors[f"{layer.name}.weight"] = layer.stored_weight()
+                tensors[f"{layer.name}.weight"] = self.skeleton.as_module_has_it(layer.stored_weight())
                 continue
             self.result.blocks[-1].grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
             for name, tensor in compressed_tensors.encode(layer.quantized, packing).items():
@@ -298,9 +256,7 @@ class Stream:
     def _finish(self, probe_pass: ForwardPass) -> Tensor:
         """The probe's logits, from the last block through the final norm and the head."""
         skeleton = self.skeleton
-        for name in skeleton.present(skeleton.architecture.after_blocks):
-            skeleton.load(name)
-        skeleton.load_head()
+        self._outer.load_after_blocks()
         logits = probe_pass.finish()[0].cpu()
         skeleton.unload(skeleton.architecture.head)
         if not bool(torch.isfinite(logits).all()):
@@ -317,8 +273,3 @@ class Stream:
         begin = time.perf_counter()
         yield
         self.result.seconds[what] += time.perf_counter() - begin
-
-
-def is_ignored(stage: StageOptions, layer: str) -> bool:
-    """Whether the stage leaves this layer as it is."""
-    return any(fnmatchcase(layer, pattern) for pattern in stage.ignore)

@@ -15,6 +15,7 @@ from workers.errors import UserError
 # Neighbouring tokens are alike, so errors are taken over the means of runs of tokens (batch means).
 TOKENS_PER_BATCH_MEAN = 128
 _TOKENS_AT_A_TIME = 256
+_LARGEST_LOSS = 700.0  # its exponential is about the largest float64
 
 
 @dataclass(frozen=True)
@@ -99,10 +100,10 @@ def measure(original: Any, artifact: Any, windows: list[Tensor], progress: Calla
         *(torch.cat(values) for values in zip(*parts, strict=True)),
     )
     for name, values in (("original", measures.original_loss), ("compressed model", measures.loss)):
-        if not bool(torch.isfinite(values).all()):
+        if not bool(torch.isfinite(values).all()) or float(values.mean()) > _LARGEST_LOSS:
             raise UserError(
                 "non_finite_evaluation",
-                f"The {name} gives NaN or infinity on the evaluation text.",
+                f"The {name} gives NaN, infinity or a perplexity beyond all numbers on the evaluation text.",
                 param="recipe.evaluation",
                 hint="Check the checkpoint on this text, or choose a milder recipe.",
             )
@@ -133,5 +134,5 @@ def mean_with_error(values: Tensor) -> Estimate:
 def _perplexity(losses: Tensor) -> Estimate:
     """The exponential of the mean loss; the error follows by the delta method."""
     mean = mean_with_error(losses)
-    value = math.exp(min(mean.value, 700.0))
+    value = math.exp(mean.value)
     return Estimate(value, value * mean.standard_error)

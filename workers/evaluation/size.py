@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 
 def weights_bytes(folder: Path) -> int:
@@ -38,7 +39,7 @@ def measure_sparsity(model: Any, layers: list[str], sparsity: float, pattern: tu
     num_weights = num_zeros = 0
     below = []
     for name in layers:
-        weight = model.get_submodule(name).weight
+        weight = _weight(model, name)
         zero = weight == 0
         num_weights += zero.numel()
         num_zeros += int(zero.sum())
@@ -52,7 +53,7 @@ def layers_off_grid(model: Any, group_sizes: Mapping[str, int], num_bits: int) -
     return [
         name
         for name, group_size in group_sizes.items()
-        if _most_values(model.get_submodule(name).weight, group_size) > 1 << num_bits
+        if _most_values(_weight(model, name), group_size) > 1 << num_bits
     ]
 
 
@@ -60,9 +61,16 @@ def packed_bytes(model: Any, group_sizes: Mapping[str, int], num_bits: int, *, s
     """What the layers would take as packed codes with a 16-bit scale, and a zero-point if not symmetric, a group."""
     bits = 0
     for name, group_size in group_sizes.items():
-        num_weights = model.get_submodule(name).weight.numel()
+        num_weights = _weight(model, name).numel()
         bits += num_weights * num_bits + num_weights // group_size * (16 + (0 if symmetric else num_bits))
     return -(-bits // 8)
+
+
+def _weight(model: Any, name: str) -> Tensor:
+    """The weight of a layer, out_features × in_features."""
+    module = model.get_submodule(name)
+    weight: Tensor = module.weight
+    return weight.T if isinstance(module, Conv1D) else weight
 
 
 def _most_values(weight: Tensor, group_size: int) -> int:

@@ -47,21 +47,36 @@ def decode(encoded: Mapping[str, Tensor], grid: Grid, in_features: int, packing:
 
 
 def quantization_config(
-    layers: Mapping[str, tuple[Grid, int]], linear_layers: list[str], packing: Packing, *, quantizes_activations: bool
+    layers: Mapping[str, tuple[Grid, int]],
+    linear_layers: list[str],
+    packing: Packing,
+    *,
+    quantizes_activations: bool,
+    unpacks_on_load: bool,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
 
     ``layers`` gives the grid and the number of input columns of each quantized layer; ``linear_layers`` names every
-    linear layer of the model, of which the others are listed as ignored.
+    linear layer of the model, of which the others are listed as ignored. ``unpacks_on_load`` has transformers unpack
+    every weight while it reads the file, and not at the first use, so that embeddings may be packed, and shared with
+    the head: it takes the first scheme for all of them.
     """
     by_scheme: dict[str, tuple[QuantizationScheme, list[str]]] = {}
+    # A group as wide as its layer may be called a channel too; where all share one scheme, it stays a group.
+    keeps_groups = unpacks_on_load and any(grid.group_size != in_features for grid, in_features in layers.values())
     for name, (grid, in_features) in layers.items():
-        scheme = _scheme(grid, in_features, packing, quantizes_activations=quantizes_activations)
+        scheme = _scheme(
+            grid, in_features, packing, quantizes_activations=quantizes_activations, keeps_groups=keeps_groups
+        )
         by_scheme.setdefault(scheme.model_dump_json(), (scheme, []))[1].append(name)
     groups = {}
     for number, (scheme, names) in enumerate(by_scheme.values()):
         # "Linear" is what every loader knows; a second scheme has to name its layers.
         targets = ["Linear"] if len(by_scheme) == 1 else _patterns(names)
+        if unpacks_on_load:
+            if len(by_scheme) > 1:
+                raise ValueError("packed embeddings have to be on the grid of all other layers")
+            targets.append("Embedding")
         groups[f"group_{number}"] = scheme.model_copy(update={"targets": targets}).model_dump(mode="json")
     return {
         "quant_method": "compressed-tensors",
@@ -72,6 +87,7 @@ def quantization_config(
         "ignore": sorted(set(linear_layers) - set(layers)),
         "kv_cache_scheme": None,
         "sparsity_config": {},
+        **({"dequantize": True} if unpacks_on_load else {}),
     }
 
 
@@ -96,8 +112,10 @@ def _activations(grid: Grid) -> QuantizationArgs:
     )
 
 
-def _scheme(grid: Grid, in_features: int, packing: Packing, *, quantizes_activations: bool) -> QuantizationScheme:
-    whole_row = grid.group_size == in_features
+def _scheme(
+    grid: Grid, in_features: int, packing: Packing, *, quantizes_activations: bool, keeps_groups: bool = False
+) -> QuantizationScheme:
+    whole_row = grid.group_size == in_features and not keeps_groups
     strategy: dict[str, Any] = {"strategy": "group", "group_size": grid.group_size}
     if whole_row:
         strategy = {"strategy": "channel"}

@@ -55,6 +55,7 @@ def _search_rows(
     symmetric,
     dropped,
     tiny,
+    step_below_tiny,
     scales,
     zeros,
 ):
@@ -77,8 +78,11 @@ def _search_rows(
                             scale = -scale
                     else:
                         scale = (high - low) * shrink[step] / span
-                    scale = _round_mantissa(scale, dropped)
-                    if abs(scale) < tiny:
+                    if abs(scale) >= tiny:
+                        scale = _round_mantissa(scale, dropped)
+                    else:
+                        scale = np.rint(scale / step_below_tiny) * step_below_tiny
+                    if scale == np.float32(0.0):
                         scale = np.float32(1.0)
                     zero = np.float32(0.0)
                     if not symmetric:
@@ -113,12 +117,16 @@ def search_scales(
     scales = np.empty((rows, num_groups), dtype=np.float32)
     zeros = np.empty((rows, num_groups), dtype=np.int8)
     values, weights, factors = groups.numpy(), importance.contiguous().numpy(), shrink.numpy()
-    dropped, tiny = _DROPPED_BITS[scale_dtype], np.float32(torch.finfo(scale_dtype).tiny)
+    dropped = _DROPPED_BITS[scale_dtype]
+    # Below its smallest normal number a type has even steps: in float16 an 8-bit scale soon is there.
+    tiny = np.float32(torch.finfo(scale_dtype).tiny)
+    step_below_tiny = np.float32(torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps)
 
     def search(part: slice) -> None:
         _search_rows(
-            values[part], weights, factors, lowest, highest, symmetric, dropped, tiny, scales[part], zeros[part]
-        )
+            values[part], weights, factors, lowest, highest, symmetric, dropped, tiny, step_below_tiny, scales[part],
+            zeros[part],
+        )  # fmt: skip
 
     _over_rows(rows, search)
     return torch.from_numpy(scales), torch.from_numpy(zeros)

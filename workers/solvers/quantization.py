@@ -136,7 +136,7 @@ def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as the file will hold it, so that codes are chosen for the value that is read back."""
     stored = scale.to(dtype).to(torch.float32)
     # A group of zeros, or one too small for the dtype: any scale gives codes of zero.
-    return torch.where(stored.abs() < torch.finfo(dtype).tiny, torch.ones_like(stored), stored)
+    return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 
 def _search_scales(groups: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from workers.architectures import ARCHITECTURES, Architecture
+from workers.architectures import ARCHITECTURES, Architecture, may_be_causal
 from workers.errors import UserError
 from workers.sources.safetensors_header import TensorInfo
 
@@ -17,7 +17,12 @@ SourceFormat = Literal["safetensors", "gguf"]
 _BOOKKEEPING = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")
 _PACKED = ".weight_packed"
 _MAX_DIMENSION = 2**24
+_SIZES = (
+    "hidden_size", "embedding_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
+)  # fmt: skip
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+_MAX_LABELS = 10_000  # transformers makes a name for each
+_DTYPES = ("float16", "bfloat16", "float32", "float64", "auto")
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 
@@ -49,13 +54,17 @@ class ModelFacts:
 def without_tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors but for a head that is stored beside the embedding it is tied to: they are one parameter."""
     row = _row(config)
-    if row is None or not row.is_tied(config) or f"{row.embedding}.weight" not in tensors:
+    if row is None or not row.is_tied(config) or not _embedding(row, tensors):
         return dict(tensors)
-    return {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not name.startswith((f"{row.head}.", f"{row.earlier_head}."))
-    }
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{row.head}.")}
+
+
+def canonical(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The parameters among the tensors, by the names that the model has for them."""
+    row = _row(config)
+    if row is None:
+        return dict(tensors)
+    return {name: tensor for stored, tensor in tensors.items() if (name := row.canonical(stored)) is not None}
 
 
 def count_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int:
@@ -80,7 +89,7 @@ def linear_in_features(config: Mapping[str, Any], tensors: Mapping[str, TensorIn
             if name.endswith(_PACKED):
                 widths.add(tensor.shape[1] * _codes_a_word(config))
             elif name.endswith(".weight"):
-                widths.add(tensor.shape[1])
+                widths.add(tensor.shape[0 if row.is_transposed else 1])
     return tuple(sorted(widths))
 
 
@@ -97,31 +106,51 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     row = _row(config)
     if row is None:
         return
-    sizes = ("hidden_size", row.intermediate_size, "num_hidden_layers", "num_attention_heads", "vocab_size")
-    for key in (*sizes, row.embedding_size, *_OPTIONAL_SIZES):
+    for size in (*_SIZES, *_OPTIONAL_SIZES):
+        key = row.size(size)
         value = config.get(key)
-        if key in _OPTIONAL_SIZES and value is None:
+        if value is None and (size in _OPTIONAL_SIZES or key == "n_inner"):
             continue
         if type(value) is not int or not 1 <= value <= _MAX_DIMENSION:
             raise _invalid(f"{key} in config.json is not a positive number of a sensible size")
-    embedding = tensors.get(f"{row.embedding}.weight")
+    dtype = config.get("dtype", config.get("torch_dtype"))
+    if dtype is not None and dtype not in _DTYPES:
+        raise _invalid(f"dtype in config.json is not one of {', '.join(_DTYPES)}")
+    if type(num_labels := config.get("num_labels", 2)) is not int or not 0 <= num_labels <= _MAX_LABELS:
+        raise _invalid("num_labels in config.json is not a number of a sensible size")
+    embedding = _embedding(row, tensors)
     if embedding is None:
         raise _missing(f"{row.embedding}.weight")
-    if embedding.shape != (config["vocab_size"], config[row.embedding_size]):
+    columns = config[row.size("embedding_size")]
+    if f"{row.embedding}{_PACKED}" in tensors:
+        columns = -(-columns // _codes_a_word(config))
+    if embedding.shape != (config["vocab_size"], columns):
         raise _invalid(
-            f"vocab_size and {row.embedding_size} in config.json do not fit {row.embedding}.weight "
-            f"of shape {embedding.shape}"
+            f"vocab_size and {row.size('embedding_size')} in config.json do not fit the embedding of shape "
+            f"{embedding.shape}"
         )
-    _check_blocks(row, config["num_hidden_layers"], tensors)
-    heads = {f"{head}{suffix}" for head in (row.head, row.earlier_head) for suffix in (".weight", _PACKED)}
+    _check_dtypes(tensors)
+    _check_blocks(row, config[row.size("num_hidden_layers")], tensors)
+    heads = {f"{row.head}{suffix}" for suffix in (".weight", _PACKED)}
     if not row.is_tied(config) and not heads & set(tensors):
         raise _missing(f"{row.head}.weight")
 
 
+def _embedding(row: Architecture, tensors: Mapping[str, TensorInfo]) -> TensorInfo | None:
+    return tensors.get(f"{row.embedding}.weight") or tensors.get(f"{row.embedding}{_PACKED}")
+
+
+def _check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
+    for name, tensor in tensors.items():
+        if name.endswith((*_BOOKKEEPING, _PACKED)) or tensor.dtype in _FLOATS:
+            continue
+        # Codes may be stored one byte each, beside their scale.
+        if tensor.dtype in ("I8", "F8_E4M3") and f"{name}_scale" in tensors:
+            continue
+        raise _invalid(f"{name} is of type {tensor.dtype}, not one of {', '.join(_FLOATS)}")
+
+
 def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, TensorInfo]) -> None:
-    dtypes: tuple[str, ...] = _FLOATS
-    if any(name.endswith(".weight_scale") for name in tensors):  # then codes may be stored one byte each
-        dtypes = (*_FLOATS, "I8", "F8_E4M3")
     index = re.compile(rf"{re.escape(row.blocks)}\.([0-9]{{1,8}})\.")
     present = {int(match[1]) for name in tensors if (match := index.match(name))}
     if len(present) != num_blocks or max(present, default=-1) != num_blocks - 1:
@@ -132,15 +161,12 @@ def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, Tens
             tensor = tensors.get(f"{name}.weight") or tensors.get(f"{name}{_PACKED}")
             if tensor is None:
                 raise _missing(f"{name}.weight")
-            if f"{name}.weight" in tensors and tensor.dtype not in dtypes:
-                raise _invalid(f"{name}.weight is of type {tensor.dtype}, not one of {', '.join(dtypes)}")
             if len(tensor.shape) != 2 or 0 in tensor.shape:
                 raise _invalid(f"{name} has the shape {tensor.shape}, not that of a linear layer")
 
 
 def _row(config: Mapping[str, Any]) -> Architecture | None:
-    names = config.get("architectures") or []
-    if names and not any(name.endswith("ForCausalLM") for name in names):
+    if not may_be_causal(config.get("architectures") or []):
         return None
     return ARCHITECTURES.get(str(config.get("model_type")))
 

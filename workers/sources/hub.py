@@ -262,5 +262,5 @@ def _unreachable(problem: str) -> InfrastructureError:
     return InfrastructureError(
         "hub_unreachable",
         f"The hub did not answer as it should: {problem}.",
-        hint="Try again later, or use file:NAME for a model on this machine.",
+        hint="Try again later. For a model or a text that the service has in its own folders, write file:NAME.",
     )

@@ -54,7 +54,8 @@ def inspect_model(
 
 def facts_of_checkpoint(model_id: str, revision: str | None, checkpoint: Checkpoint) -> ModelFacts:
     """The facts of a checked safetensors checkpoint; raises UserError where config and weights disagree."""
-    config, tensors = checkpoint.config, checkpoint.tensors
+    config = checkpoint.config
+    tensors = facts_of.canonical(config, checkpoint.tensors)
     facts_of.check_config(config, tensors)
     tensors = facts_of.without_tied_head(config, tensors)
     sizes = dict(checkpoint.files)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from workers.techniques.options import Damping, QuantizationOptions, Statistic, WeightScheme
+from workers.techniques.options import Damping, IntegerScheme, QuantizationOptions, Statistic
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
@@ -21,9 +21,9 @@ class GPTQ(QuantizationOptions):
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
 
     technique: Literal["gptq"] = "gptq"
-    scheme: Annotated[
-        WeightScheme | Literal["W8A8"], Field(description=QuantizationOptions.model_fields["scheme"].description)
-    ] = "W4A16"
+    scheme: Annotated[IntegerScheme, Field(description=QuantizationOptions.model_fields["scheme"].description)] = (
+        "W4A16"
+    )
     act_order: Annotated[
         bool,
         Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
 WeightScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16"]
-Scheme = WeightScheme | Literal["W8A8", "FP8"]
+# One flat list each, not unions: then an error names every value that there is.
+IntegerScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8"]
+Scheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8", "FP8"]
 Statistic = Literal["hessian", "input_norms", "input_absmax"]
 
 
@@ -91,6 +94,10 @@ class StageOptions(BaseModel):
         ),
     ] = []
 
+    def ignores(self, layer: str) -> bool:
+        """Whether the stage leaves the layer of this name as it is."""
+        return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
+
     def input_scale(self, layers: Sequence[Layer]) -> Tensor | None:  # noqa: ARG002
         """By what to divide the input that all ``layers`` read, and to multiply their columns; None for nothing.
 
@@ -127,6 +134,13 @@ class QuantizationOptions(StageOptions):
         ),
     ] = 128
     symmetric: Annotated[bool, Field(description="No zero-points: code 0 is the value 0.")] = True
+    embeddings: Annotated[
+        bool,
+        Field(
+            description="Also round the token embedding and the output head, on the same grid; a matrix that both "
+            "share is stored once. A fifth of a small model is its embedding."
+        ),
+    ] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -144,6 +158,10 @@ class QuantizationOptions(StageOptions):
                 raise ValueError(f"group_size must be null with {self.scheme}, which has one scale per output channel")
             if not self.symmetric:
                 raise ValueError(f"symmetric must be true with {self.scheme}")
+            if self.embeddings:
+                raise ValueError(f"embeddings must be false with {self.scheme}: they have no input to quantize")
+        if self.embeddings and self.group_size is None and not self.symmetric:
+            raise ValueError("embeddings with zero-points need a group_size, so that all matrices share one layout")
         return self
 
     @property
@@ -159,7 +177,11 @@ class PruningOptions(StageOptions):
 
     sparsity: Annotated[
         float | None,
-        Field(gt=0, lt=1, description="Fraction of weights that become zero; with N:M it follows from the mask."),
+        Field(
+            gt=0,
+            lt=1,
+            description="Fraction of weights that become zero. Left out: what an N:M mask gives, else 0.5.",
+        ),
     ] = None
     mask_structure: Annotated[
         str,

@@ -36,6 +36,17 @@ PRUNING = {"technique": "magnitude"}
         ([{**GPTQ, "scheme": "W8A8"}], "invalid_value", "recipe.stages[0]"),
         ([{"technique": "gptq", "scheme": "FP8"}], "invalid_value", "recipe.stages[0].scheme"),
         ([{"technique": "smoothquant", "symmetric": False}], "invalid_value", "recipe.stages[0]"),
+        ([{"technique": "dynamic_int8", "embeddings": True}], "invalid_value", "recipe.stages[0]"),
+        (
+            [{"technique": "awq", "embeddings": True, "group_size": None, "symmetric": False}],
+            "invalid_value",
+            "recipe.stages[0]",
+        ),
+        (
+            [{**GPTQ, "embeddings": True, "group_size": 48}],
+            "group_size_fits_no_layer",
+            "recipe.stages[0].group_size",
+        ),
         ([{**GPTQ, "damping": 0}], "invalid_value", "recipe.stages[0].damping"),
         ([{**GPTQ, "ignore": ["a", 1]}], "invalid_type", "recipe.stages[0].ignore[1]"),
         ([{**PRUNING, "sparsity": 1.5}], "invalid_value", "recipe.stages[0].sparsity"),

@@ -161,7 +161,7 @@ def test_a_hub_that_is_down_is_no_fault_of_the_request(
 
 
 def test_submissions_that_wait_for_a_hub_hold_up_nobody_else(
-    client: TestClient, auth: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    client: TestClient, auth: dict[str, str], refused: Refused, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with socket.create_server(("127.0.0.1", 0), backlog=100) as silent, ThreadPoolExecutor(50) as senders:
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -172,6 +172,7 @@ def test_submissions_that_wait_for_a_hub_hold_up_nobody_else(
         begin = time.monotonic()
         assert client.get("/v1/jobs", headers=auth).status_code == 200
         assert client.get("/healthz").status_code == 200
+        assert refused(422, model={"id": "file:nothing"})["code"] == "model_not_found"
         assert time.monotonic() - begin < 5
         for connection, _ in held:
             connection.close()

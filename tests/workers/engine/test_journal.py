@@ -101,6 +101,26 @@ def test_it_may_be_stopped_again_and_again(model: Path, expected: dict[str, str]
 
 
 @pytest.mark.parametrize(
+    "stage",
+    [
+        {"technique": "awq", "group_size": 32},
+        {"technique": "smoothquant"},
+        {"technique": "round_to_nearest", "group_size": 32, "embeddings": True},
+        {"technique": "gptq", "scheme": "W3A16", "group_size": 32},
+        {"technique": "round_to_nearest", "scheme": "FP8"},
+    ],
+    ids=lambda stage: str(stage["technique"]),
+)
+def test_norms_scales_and_quantized_inputs_come_back_too(stage: dict[str, Any], model: Path, tmp_path: Path) -> None:
+    undisturbed = compressed(tmp_path / "undisturbed", model, {"stages": [stage]})
+    attempt = fetched(tmp_path / "work", model, {"stages": [stage]})
+    stopped_after(attempt, 2)
+    shutil.rmtree(attempt.work / "journal" / "activations")
+    compress(attempt.work, attempt.request, attempt.events.append)
+    assert digests(attempt) == digests(undisturbed)
+
+
+@pytest.mark.parametrize(
     "lose",
     [
         shutil.rmtree,

@@ -1,12 +1,13 @@
 """Estimates with their errors, against samples whose errors are known."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from workers.errors import UserError
-from workers.evaluation.quality import TOKENS_PER_BATCH_MEAN, TokenMeasures, mean_with_error, windows_of
+from workers.evaluation.quality import TOKENS_PER_BATCH_MEAN, TokenMeasures, mean_with_error, measure, windows_of
 
 
 def test_the_error_of_independent_values_is_the_textbooks() -> None:
@@ -40,6 +41,20 @@ def test_ratios_are_paired_and_perplexities_are_exponentials() -> None:
     assert report["perplexity_ratio_standard_error"] < report["perplexity_standard_error"] / 100
     assert (report["kl_divergence"], report["top1_agreement"]) == (pytest.approx(0.2), 1)
     assert (report["num_tokens"], report["num_windows"], report["max_seq_length"]) == (4096, 4, 1025)
+
+
+def test_a_perplexity_beyond_all_numbers_is_none() -> None:
+    class Certain(torch.nn.Module):
+        device = torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+            logits = torch.zeros(1, input_ids.shape[1], 4)
+            logits[:, :, 0] = 1e6
+            return SimpleNamespace(logits=logits)
+
+    with pytest.raises(UserError) as caught:
+        measure(Certain(), Certain(), [torch.tensor([1, 2, 3])], lambda _: None)
+    assert caught.value.code == "non_finite_evaluation"
 
 
 def test_windows_do_not_overlap_and_have_a_token_to_score() -> None:

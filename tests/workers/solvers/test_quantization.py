@@ -73,3 +73,25 @@ def test_pruned_weights_and_groups_of_zeros_stay_exactly_zero(symmetric: bool, c
     restored = quantize_to_nearest(weight, Grid(4, 32, symmetric), clip_search=clip_search, zeros=zeros).dequantize()
     assert bool((restored[zeros] == 0).all())
     assert bool(torch.isfinite(restored).all())
+
+
+@pytest.mark.parametrize("clip_search", [False, True])
+def test_small_weights_of_float16_checkpoints_are_not_lost(clip_search: bool) -> None:
+    """An 8-bit scale of weights below 0.008 is less than float16's smallest normal number."""
+    weight = 1e-3 * weight_of(4)
+    grid = Grid(8, 64, symmetric=True, scale_dtype=torch.float16)
+    quantized = quantize_to_nearest(weight, grid, clip_search=clip_search)
+    assert torch.equal(quantized.scale.to(torch.float16).to(torch.float32), quantized.scale)
+    assert float(squared_error(weight, quantized.dequantize()).sum() / weight.double().square().sum()) < 1e-3
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+def test_float8_codes_are_within_half_a_step(scale_dtype: torch.dtype) -> None:
+    weight = weight_of(5)
+    quantized = quantize_to_nearest(weight, Grid(8, 64, True, scale_dtype, is_float=True), clip_search=False)
+    assert quantized.codes.dtype == torch.float8_e4m3fn
+    restored = quantized.dequantize()
+    # Four significant bits: half a step is 1/16 of a normal number, and 2^-10 scales below.
+    allowed = torch.maximum(weight.abs() / 16, quantized.scale * 2**-10) * 1.001
+    assert bool(((restored - weight).abs() <= allowed).all())
+    assert bool((quantized.codes.to(torch.float32).abs().amax(dim=1) > 400).all())

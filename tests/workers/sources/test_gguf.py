@@ -304,7 +304,7 @@ def test_no_damage_of_one_byte_brings_anything_but_a_refusal(tmp_path: Path) -> 
             continue
 
 
-@pytest.mark.service
+@pytest.mark.long
 def test_a_real_model_equals_what_transformers_itself_makes_of_it(tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig

@@ -102,6 +102,10 @@ def edit_tensors(folder: Path, change: Callable[[dict[str, np.ndarray[Any, Any]]
     save_file(tensors, folder / "model.safetensors")
 
 
+def as_int8(tensors: dict[str, np.ndarray[Any, Any]], name: str) -> None:
+    tensors[name] = tensors[name].astype(np.int8)
+
+
 BREAKAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("config_missing", lambda folder: (folder / "config.json").unlink()),
     ("invalid_config", lambda folder: (folder / "config.json").write_text("{")),
@@ -117,6 +121,10 @@ BREAKAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("invalid_config", lambda folder: edit_config(folder, num_hidden_layers=3)),
     ("invalid_config", lambda folder: edit_config(folder, max_position_embeddings=-5)),
     ("invalid_config", lambda folder: edit_config(folder, sliding_window=0)),
+    ("invalid_config", lambda folder: edit_config(folder, dtype="int8")),
+    ("invalid_config", lambda folder: edit_config(folder, dtype=7)),
+    ("invalid_config", lambda folder: edit_config(folder, num_labels=10**8)),
+    ("invalid_config", lambda folder: edit_tensors(folder, lambda tensors: as_int8(tensors, "model.norm.weight"))),
     ("invalid_config", lambda folder: edit_config(folder, quantization_config={"quant_method": "compressed-tensors"})),
     ("invalid_config", lambda folder: edit_config(folder, hidden_size="32")),
     ("invalid_config", lambda folder: edit_config(folder, vocab_size=VOCAB + 1)),
