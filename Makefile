@@ -6,6 +6,8 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(RUN) -m pip --disable-pip-version-check -qq
 DEMO_HOME := $(CURDIR)/.demo
+# Two at a time, a file each: half of the tests wait for processes. Threads that spin while they wait would hinder both.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -q -n 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help environment demo serve test check test-long lint lock clean
@@ -50,10 +52,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 check: lint
-	$(RUN) -m pytest -q -m "not service and not long"
+	$(PYTEST) -m "not service and not long"
 
 test: lint
-	$(RUN) -m pytest -q -m "not long"
+	$(PYTEST) -m "not long"
 
 test-long: $(INSTALLED)
 	$(RUN) -m pytest -q -m long

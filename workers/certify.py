@@ -132,7 +132,8 @@ def _check_generation_settings(artifact: Opened, folder: Path, prompt: str, emit
 def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Bytes before and after. A result has to be smaller, unless its weights prove what was done to them."""
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
-    is_proven = any(isinstance(stage, PruningOptions) for stage in recipe.stages) or not recipe.stores_codes
+    has_few_values = recipe.quantization is not None and not recipe.stores_codes and recipe.cast is None
+    is_proven = has_few_values or any(isinstance(stage, PruningOptions) for stage in recipe.stages)
     if artifact_bytes >= original_bytes and not is_proven:
         raise UserError(
             "not_smaller",
@@ -180,7 +181,7 @@ def _prove_stages(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> l
     for stage, report in zip(recipe.stages, stages, strict=True):
         if isinstance(stage, PruningOptions):
             report["metrics"] |= _prove_zeros(model, stage, list(report["layers"]))
-        elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes:
+        elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
             sizes = {name: layer["group_size"] for name, layer in report["layers"].items()}
             report["metrics"] |= _prove_grid(model, stage, sizes)
     return stages

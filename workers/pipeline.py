@@ -49,7 +49,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     torch.manual_seed(recipe.seed)
     emit({"event": "progress", "fraction": 0.0, "stage": 0, "step": "load"})
     emit({"event": "stage", "index": 0, "status": "running", "metrics": {}})
-    checkpoint = Checkpoint(work / "source" / "model")
+    checkpoint = Checkpoint(work / "source" / "model", cast=getattr(torch, recipe.cast) if recipe.cast else None)
     architecture = architecture_of(checkpoint.config)
     # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
     skeleton = Skeleton(checkpoint, architecture, compute_device())
@@ -137,6 +137,9 @@ def _export(
     folder.mkdir()
     parts.assemble(folder)
     config = {key: value for key, value in checkpoint.config.items() if key not in {"quantization_config", "auto_map"}}
+    if recipe.cast is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = recipe.cast
     if streamed.grids:
         assert recipe.output.packing is not None
         config["quantization_config"] = compressed_tensors.quantization_config(

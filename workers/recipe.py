@@ -153,6 +153,11 @@ class Recipe(_Part):
         return self.output.packing is not None
 
     @property
+    def cast(self) -> str | None:
+        """The type of torch's that every tensor is stored in, if the recipe casts the model."""
+        return None if self.quantization is None else self.quantization.facts.dtype
+
+    @property
     def quantizes_embeddings(self) -> bool:
         """Whether the token embedding and the head are rounded too."""
         return self.quantization is not None and self.quantization.embeddings
@@ -180,6 +185,8 @@ def _packing_of(stage: object) -> Packing | None:
 
 def packings_of(scheme: SchemeFacts) -> tuple[Packing, ...]:
     """The ways in which compressed-tensors stores codes of a scheme, the usual one first; none for odd widths."""
+    if scheme.dtype is not None:
+        return ()
     if scheme.is_float:
         return ("float-quantized",)
     if scheme.quantizes_activations:
@@ -240,7 +247,7 @@ def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:
             "output_format_impossible",
             "output.format",
             f"compressed-tensors packs codes of 4 and 8 bits and {quantization.scheme} has {scheme.num_bits}; "
-            "use safetensors, which stores their values at full width",
+            "use safetensors, which stores values",
         )
     elif quantization.embeddings and output.packing != "pack-quantized":
         raise RecipeError(

@@ -145,7 +145,7 @@ def warnings_of(submission: JobSubmission) -> list[dict[str, Any]]:
             }
         )
     quantization = submission.recipe.quantization
-    if quantization is not None and not submission.recipe.stores_codes:
+    if quantization is not None and not submission.recipe.stores_codes and submission.recipe.cast is None:
         warnings.append(
             {
                 "code": "stored_in_full",

@@ -119,7 +119,9 @@ def test_codes_that_are_not_stored_are_proven_by_the_values(tiny_llama: Path, tm
 
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_packed_embedding_is_stored_once_for_all_that_share_it(is_tied: bool, tmp_path: Path) -> None:
-    write_tiny_model(tmp_path / "model", "llama", num_key_value_heads=2, tie_word_embeddings=is_tied)
+    write_tiny_model(
+        tmp_path / "model", "llama", num_key_value_heads=2, intermediate_size=128, tie_word_embeddings=is_tied
+    )
     attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [{**GPTQ, "embeddings": True}]})
     stored = load_file(attempt.artifact / "model.safetensors")
     assert "model.embed_tokens.weight_packed" in stored
@@ -133,6 +135,21 @@ def test_a_packed_embedding_is_stored_once_for_all_that_share_it(is_tied: bool, 
         tmp_path / "again", attempt.artifact, {"stages": [{**NEAREST, "scheme": "W2A16", "embeddings": True}]}
     )
     assert again.outcome["result"]["original_size_bytes"] <= attempt.outcome["result"]["size_bytes"]
+
+
+@pytest.mark.parametrize(("scheme", "dtype"), [("BF16", torch.bfloat16), ("FP16", torch.float16)])
+def test_a_cast_stores_the_whole_model_in_half_the_bytes(scheme: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model")
+    tensors = {name: tensor.float() for name, tensor in load_file(tmp_path / "model" / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model" / "model.safetensors", {"format": "pt"})
+    stages = [{"technique": "wanda", "sparsity": 0.5}, {"technique": "round_to_nearest", "scheme": scheme}]
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": stages})
+    assert {tensor.dtype for tensor in load_file(attempt.artifact / "model.safetensors").values()} == {dtype}
+    assert AutoModelForCausalLM.from_pretrained(attempt.artifact).dtype == dtype
+    assert attempt.outcome["result"]["compression_ratio"] == pytest.approx(2, rel=0.05)
+    with pytest.raises(UserError) as caught:
+        certified(tmp_path / "again", attempt.artifact, {"stages": stages[1:]})
+    assert caught.value.code == "not_smaller"
 
 
 def test_pruned_weights_are_still_zero_after_quantization(tiny_llama: Path, tmp_path: Path) -> None:

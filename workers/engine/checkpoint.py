@@ -21,11 +21,13 @@ class Checkpoint:
     """The tensors of a validated folder of safetensors files.
 
     Files are opened anew for each read, so that no mapping outlives its use and memory does not grow with the
-    checkpoint. Weights of an earlier compressed-tensors result are read back as float32.
+    checkpoint. Weights of an earlier compressed-tensors result are read back as float32. With ``cast`` everything
+    reads as if it were stored in that type.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cast: torch.dtype | None = None) -> None:
         self.folder = folder
+        self._cast = cast
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._file_of: dict[str, Path] = {}
         self._stored_name: dict[str, str] = {}
@@ -71,13 +73,13 @@ class Checkpoint:
             tensor = self._schemes.decompress(module, self._stored_with_prefix(module))
         else:
             tensor = self.stored(name)
-        tensor = tensor.to(torch.float32)
+        tensor = tensor.to(self._cast or torch.float32).to(torch.float32)
         if not bool(torch.isfinite(tensor).all()):
             raise UserError(
                 "non_finite_weights",
-                f"The tensor {name} holds values that are not finite.",
+                f"The tensor {name} holds values that are not finite{'' if self._cast is None else ' after the cast'}.",
                 param="model.id",
-                hint="The checkpoint is damaged; fetch or save it again.",
+                hint="The checkpoint is damaged; fetch or save it again. Of casts, BF16 has the range of float32.",
             )
         return tensor
 
@@ -91,11 +93,14 @@ class Checkpoint:
     def as_stored(self, name: str) -> Tensor:
         """A parameter in the type of the checkpoint, dequantized where it is stored as codes."""
         if name in self._file_of and not self._is_quantized(name.removesuffix(".weight")):
-            return self.stored(name)
+            tensor = self.stored(name)
+            return tensor if self._cast is None else tensor.to(self._cast)
         return self.parameter(name).to(self.stored_dtype(name))
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The floating-point type of a parameter: of its values, or of its scales where it is stored as codes."""
+        if self._cast is not None:
+            return self._cast
         module = name.removesuffix(".weight")
         stored = f"{module}.weight_scale" if f"{module}.weight_scale" in self._file_of else name
         with safe_open(self._file_of[stored], framework="pt") as file:

@@ -19,7 +19,7 @@ Kind = Literal["pruning", "quantization", "distillation", "factorization", "shar
 WeightScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16"]
 # One flat list each, not unions: then an error names every value that there is.
 IntegerScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8"]
-Scheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8", "FP8"]
+Scheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8", "FP8", "FP16", "BF16"]
 Statistic = Literal["hessian", "input_norms", "input_absmax"]
 
 
@@ -31,12 +31,16 @@ class SchemeFacts:
     is_float: bool = False  # FP8: e4m3
     # Each token of a layer's input is quantized like the weights, by a scale of its own, whenever the model runs.
     quantizes_activations: bool = False
+    # A cast: every tensor of the model is stored in this type of torch's, and there are no codes.
+    dtype: str | None = None
 
 
 SCHEMES: Mapping[str, SchemeFacts] = {
     **{scheme: SchemeFacts(int(scheme[1])) for scheme in get_args(WeightScheme)},
     "W8A8": SchemeFacts(8, quantizes_activations=True),
     "FP8": SchemeFacts(8, is_float=True, quantizes_activations=True),
+    "FP16": SchemeFacts(16, is_float=True, dtype="float16"),
+    "BF16": SchemeFacts(16, is_float=True, dtype="bfloat16"),
 }
 # compressed-tensors lays out the other widths differently from release to release.
 PACKED_BITS = frozenset({4, 8})
@@ -120,7 +124,7 @@ class QuantizationOptions(StageOptions):
         Field(
             description="Bits of weights and of activations. Widths other than 4 and 8 have no stable packed layout: "
             "their values are stored at the model's own width, and the report states the packed size. W8A8 and FP8 "
-            "also quantize each token of a layer's input when the model runs."
+            "also quantize each token of a layer's input when the model runs. FP16 and BF16 cast the whole model."
         ),
     ] = "W4A16"
     group_size: Annotated[
@@ -147,19 +151,19 @@ class QuantizationOptions(StageOptions):
     def _group_size_of_scheme(cls, data: Any) -> Any:
         if isinstance(data, dict) and "group_size" not in data:
             scheme = SCHEMES.get(str(data.get("scheme", cls.model_fields["scheme"].default)))
-            if scheme is not None and scheme.quantizes_activations:
+            if scheme is not None and (scheme.quantizes_activations or scheme.dtype):
                 return {**data, "group_size": None}
         return data
 
     @model_validator(mode="after")
     def _fits_scheme(self) -> Self:
-        if self.facts.quantizes_activations:
+        if self.facts.quantizes_activations or self.facts.dtype:
             if self.group_size is not None:
-                raise ValueError(f"group_size must be null with {self.scheme}, which has one scale per output channel")
+                raise ValueError(f"group_size must be null with {self.scheme}")
             if not self.symmetric:
                 raise ValueError(f"symmetric must be true with {self.scheme}")
             if self.embeddings:
-                raise ValueError(f"embeddings must be false with {self.scheme}: they have no input to quantize")
+                raise ValueError(f"embeddings must be false with {self.scheme}, which does without")
         if self.embeddings and self.group_size is None and not self.symmetric:
             raise ValueError("embeddings with zero-points need a group_size, so that all matrices share one layout")
         return self

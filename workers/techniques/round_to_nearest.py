@@ -25,11 +25,13 @@ class RoundToNearest(QuantizationOptions):
     @model_validator(mode="after")
     def _has_clips_to_search(self) -> Self:
         if self.clip_search and self.facts.is_float:
-            raise ValueError(f"clip_search must be false with {self.scheme}, whose codes lie denser near zero")
+            raise ValueError(f"clip_search must be false with {self.scheme}, whose values lie denser near zero")
         return self
 
     def compress(self, layer: Layer) -> dict[str, Any]:
-        """Quantize ``layer`` to its nearest codes."""
+        """Quantize ``layer`` to its nearest codes; casts are done for the whole model, where it is read."""
+        if self.facts.dtype is not None:
+            return {}
         from workers.solvers.quantization import quantize_to_nearest
 
         layer.quantized = quantize_to_nearest(
