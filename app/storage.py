@@ -149,7 +149,7 @@ class FolderStorage:
             pass
         except OSError as error:
             raise StorageError(f"cannot delete {prefix}: {error}") from error
-        # Folders are no objects: those above that are empty now go with it. One that is not empty refuses, as it should.
+        # Folders are no objects: those above that are empty now go with it. One that is not refuses, as it should.
         with suppress(OSError):
             for folder in list(self._path(prefix).parents)[: len(PurePosixPath(prefix).parts) - 1]:
                 folder.rmdir()
