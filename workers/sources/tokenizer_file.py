@@ -47,6 +47,8 @@ def _try_out(content: bytes, result: Connection) -> None:
     """Send what is wrong with a tokenizer, or None."""
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY_BYTES, resource.RLIM_INFINITY))
+    # Whoever waits may be killed: then the kernel ends this.
+    resource.setrlimit(resource.RLIMIT_CPU, (int(_SECONDS) + 1, int(_SECONDS) + 1))
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
 

@@ -164,6 +164,8 @@ class QuantizationOptions(StageOptions):
                 raise ValueError(f"symmetric must be true with {self.scheme}")
             if self.embeddings:
                 raise ValueError(f"embeddings must be false with {self.scheme}, which does without")
+        if self.facts.dtype and self.ignore:
+            raise ValueError(f"ignore must be empty with {self.scheme}, which casts the whole model")
         if self.embeddings and self.group_size is None and not self.symmetric:
             raise ValueError("embeddings with zero-points need a group_size, so that all matrices share one layout")
         return self

@@ -38,6 +38,11 @@ PRUNING = {"technique": "magnitude"}
         ([{"technique": "smoothquant", "symmetric": False}], "invalid_value", "recipe.stages[0]"),
         ([{"technique": "dynamic_int8", "embeddings": True}], "invalid_value", "recipe.stages[0]"),
         (
+            [{"technique": "round_to_nearest", "scheme": "BF16", "ignore": ["*.0.*"]}],
+            "invalid_value",
+            "recipe.stages[0]",
+        ),
+        (
             [{"technique": "awq", "embeddings": True, "group_size": None, "symmetric": False}],
             "invalid_value",
             "recipe.stages[0]",
