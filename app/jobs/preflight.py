@@ -22,6 +22,7 @@ from workers.sources.texts import is_one_source
 from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.options import group_size_fits
 
+_OFFERED_SIZES = (32, 64, 96, 128, 192, 256)  # in hints
 _TRAINING_KINDS = frozenset({"training", "distillation"})
 
 
@@ -69,9 +70,7 @@ def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
         size = stage.group_size if isinstance(stage, QuantizationOptions) else None
         if size is None or any(group_size_fits(width, size) for width in widths):
             continue
-        fitting = [
-            size for size in (32, 64, 96, 128, 192, 256) if any(group_size_fits(width, size) for width in widths)
-        ]
+        fitting = [size for size in _OFFERED_SIZES if any(group_size_fits(width, size) for width in widths)]
         raise UserError(
             "group_size_fits_no_layer",
             f"Groups of {size} divide no linear layer: their inputs have {_listed(widths)} columns.",
@@ -107,7 +106,7 @@ def check_embeddings(recipe: Recipe, facts: ModelFacts) -> None:
     widths = sorted({*facts.linear_in_features, facts.config[architecture_of(facts.config).size("embedding_size")]})
     if all(group_size_fits(width, size) for width in widths):
         return
-    fitting = [size for size in (32, 64, 96, 128, 192, 256) if all(group_size_fits(width, size) for width in widths)]
+    fitting = [size for size in _OFFERED_SIZES if all(group_size_fits(width, size) for width in widths)]
     raise UserError(
         "group_size_fits_not_all",
         f"With embeddings, groups of {size} would have to divide every matrix: they have {_listed(widths)} columns.",
