@@ -44,7 +44,7 @@ def take_over(
 def _divide_norm(weight: Tensor, scale: Tensor, *, plus_one: bool) -> tuple[Tensor, Tensor]:
     offset = 1.0 if plus_one else 0.0
     factor = weight.to(scale) + offset
-    divided = (factor / scale - offset).to(weight.dtype)
+    divided = (factor / scale - offset).to(weight)
     realized = divided.to(scale) + offset
     kept = (factor == 0) | (realized == 0)
     return torch.where(kept.to(weight.device), weight, divided), torch.where(kept, 1.0, factor / realized)

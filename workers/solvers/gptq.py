@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workers.solvers import compiled
 from workers.solvers.hessian import InverseFactor, Outcome, energy_of
+from workers.solvers.launching import LaunchedAsOne
 from workers.solvers.quantization import Grid, QuantizedWeight, choose_scales, quantize_to_nearest
 
 BLOCK_COLUMNS = 128
@@ -68,16 +69,38 @@ def _quantize_columns(
     squared_error = torch.zeros((), dtype=torch.float64, device=weight.device)
     for first in range(0, columns, block_columns):
         last = min(first + block_columns, columns)
-        errors = torch.empty((rows, last - first), dtype=torch.float32, device=weight.device)
-        for column in range(first, last):
-            value, offset = weight[:, column], zeros[:, column]
-            code = torch.round(value / scales[:, column]).add_(offset).clamp_(lowest, highest)
-            if pruned is not None:
-                code = torch.where(pruned[:, column], offset, code)
-            codes[:, column] = code.to(torch.int8)
-            error = (value - (code - offset) * scales[:, column]) / diagonal[column]
-            errors[:, column - first] = error
-            weight[:, column + 1 : last].addr_(error, factor[column, column + 1 : last], alpha=-1.0)
-        weight[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1.0)
+        here = slice(first, last)
+        codes[:, here], errors = _quantize_block(
+            weight[:, here],
+            factor[here, here],
+            scales[:, here],
+            zeros[:, here],
+            None if pruned is None else pruned[:, here],
+            lowest=lowest,
+            highest=highest,
+        )
+        errors /= diagonal[here]
+        weight[:, last:].addmm_(errors, factor[here, last:], alpha=-1.0)
         squared_error += errors.square().sum(dtype=torch.float64)
     return codes, float(squared_error)
+
+
+@LaunchedAsOne
+def _quantize_block(
+    weight: Tensor, factor: Tensor, scales: Tensor, zeros: Tensor, pruned: Tensor | None, *, lowest: int, highest: int
+) -> tuple[Tensor, ...]:
+    """Codes of a block of columns, and what each column lost (float32, before its division by the diagonal)."""
+    weight = weight.T.contiguous()  # columns are rows here, so that each is one piece of memory
+    scales, zeros = scales.T.contiguous(), zeros.T.contiguous()
+    kept = None if pruned is None else ~pruned.T.contiguous()
+    carried = factor / factor.diagonal().unsqueeze(-1)
+    codes, errors = torch.empty_like(weight), torch.empty_like(weight)
+    for column in range(weight.shape[0]):
+        offset = zeros[column]
+        code = torch.div(weight[column], scales[column]).round_().add_(offset).clamp_(lowest, highest)
+        torch.sub(code, offset, out=codes[column])
+        if kept is not None:
+            codes[column].mul_(kept[column])
+        torch.addcmul(weight[column], codes[column], scales[column], value=-1.0, out=errors[column])
+        weight[column + 1 :].addr_(carried[column, column + 1 :], errors[column], alpha=-1.0)
+    return (codes + zeros).to(torch.int8).T, errors.T

@@ -12,10 +12,13 @@ import torch
 from torch import Tensor
 
 from workers.solvers import compiled
+from workers.solvers.launching import LaunchedAsOne
 
 # Shrinking factors tried for each scale. Below about half the range, clipping costs more than it gains at 4 bits.
 NUM_CLIP_STEPS = 24
 SMALLEST_CLIP = 0.5
+# Rows whose scales are searched at a time where every try is a tensor of its own.
+_ROWS_AT_A_TIME = 1024
 
 
 FLOAT8 = torch.float8_e4m3fn
@@ -113,7 +116,11 @@ def choose_scales(
             scale_dtype=grid.scale_dtype,
         )
     if clip_search:
-        return _search_scales(groups, importance.view(1, -1, grid.group_size), grid)
+        parts = [
+            _search_scales(rows, importance.view(1, -1, grid.group_size), grid=grid)
+            for rows in torch.split(groups, _ROWS_AT_A_TIME)
+        ]
+        return torch.cat([scale for scale, _ in parts]), torch.cat([zero_point for _, zero_point in parts])
     return _scales_at(groups, grid, 1.0, negative=False)
 
 
@@ -139,7 +146,8 @@ def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(stored == 0, torch.ones_like(stored), stored)
 
 
-def _search_scales(groups: Tensor, importance: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+@LaunchedAsOne
+def _search_scales(groups: Tensor, importance: Tensor, *, grid: Grid) -> tuple[Tensor, ...]:
     """The same search as :func:`compiled.search_scales`, for devices other than the CPU."""
     best_scale, best_zero = _scales_at(groups, grid, 1.0, negative=False)
     best_error = torch.full_like(best_scale, torch.inf)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from workers.solvers import compiled
 from workers.solvers.hessian import InverseFactor, Outcome, energy_of
+from workers.solvers.launching import LaunchedAsOne
 from workers.solvers.pruning import smallest_of_each_group, wanda_mask
 
 BLOCK_COLUMNS = 128
@@ -86,17 +87,39 @@ def _prune_columns(
     first: int,
     last: int,
 ) -> tuple[Tensor, float]:
-    """The same as :func:`workers.solvers.compiled.prune_columns`, for devices other than the CPU."""
-    columns, diagonal = weight.shape[1], factor.diagonal()
-    errors = torch.empty((weight.shape[0], last - first), dtype=torch.float32, device=weight.device)
-    for column in range(first, last):
-        if pattern is not None and column % pattern[1] == 0 and column + pattern[1] <= columns:
-            group = slice(column, column + pattern[1])
-            score = weight[:, group].square() * importance[group]
-            score[mask[:, group]] = -1.0
-            mask[:, group] |= smallest_of_each_group(score, *pattern)
-        error = torch.where(mask[:, column], weight[:, column] / diagonal[column], 0.0)
-        errors[:, column - first] = error
-        weight[:, column].masked_fill_(mask[:, column], 0.0)
-        weight[:, column + 1 : last].addr_(error, factor[column, column + 1 : last], alpha=-1.0)
+    """The same as :func:`workers.solvers.compiled.prune_columns`, for devices other than the CPU.
+
+    ``first`` is a multiple of M, and ``last`` too or the end.
+    """
+    here = slice(first, last)
+    pruned, errors, mask[:, here] = _prune_block(
+        weight[:, here],
+        factor[here, here],
+        importance[here],
+        mask[:, here],
+        num_kept=pattern[0] if pattern else 0,
+        group_size=pattern[1] if pattern else 0,
+    )
+    weight[:, here] = pruned
     return errors, float(errors.square().sum(dtype=torch.float64))
+
+
+@LaunchedAsOne
+def _prune_block(
+    weight: Tensor, factor: Tensor, importance: Tensor, mask: Tensor, *, num_kept: int, group_size: int
+) -> tuple[Tensor, ...]:
+    """The block's new weights, the errors that are to be carried on, and the mask, grown if there are groups."""
+    weight, mask = weight.T.contiguous(), mask.T.contiguous()  # columns are rows here: each is one piece of memory
+    errors = torch.empty_like(weight)
+    num_columns, diagonal = weight.shape[0], factor.diagonal()
+    for column in range(num_columns):
+        if group_size and column % group_size == 0 and column + group_size <= num_columns:
+            group = slice(column, column + group_size)
+            score = weight[group].square() * importance[group].unsqueeze(-1)
+            score.masked_fill_(mask[group], -1.0)
+            mask[group] |= smallest_of_each_group(score.T, num_kept, group_size).T
+        torch.mul(weight[column], mask[column], out=errors[column])
+        errors[column].div_(diagonal[column])
+        weight[column].masked_fill_(mask[column], 0.0)
+        weight[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1.0)
+    return weight.T, errors.T, mask.T
