@@ -11,10 +11,9 @@ import pytest
 import torch
 from bitsandbytes import functional
 from safetensors.torch import load_file
-from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tests.models import write_tiny_llama
+from tests.models import write_tiny_llama, write_tiny_model
 from tests.workers.attempts import certified, compressed
 from workers.formats import bitsandbytes
 from workers.solvers.quantization import Grid, QuantizedWeight, quantize_to_normal_float
@@ -52,22 +51,30 @@ def test_the_first_of_a_pair_is_the_upper_half_of_its_byte() -> None:
     ]  # fmt: skip
 
 
-def test_plain_transformers_opens_it_and_its_own_types_stay_near(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "config", "layer"),
+    [
+        ("llama", {"hidden_size": 128, "intermediate_size": 256}, "model.layers.1.mlp.up_proj"),
+        ("gpt2", {"hidden_size": 64}, "transformer.h.1.mlp.c_fc"),
+    ],
+)
+def test_plain_transformers_opens_it_and_in_its_own_type_stays_near(
+    model_type: str, config: dict[str, Any], layer: str, tmp_path: Path
+) -> None:
     """As a user does: in the type of the checkpoint, on whatever way bitsandbytes has on this machine."""
-    write_tiny_llama(tmp_path / "model", hidden_size=128, intermediate_size=256)
+    write_tiny_model(tmp_path / "model", model_type, **config)
     attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [NF4]})
     probe = load_file(attempt.work / "probe.safetensors")
     auto: Any = AutoModelForCausalLM
     model = auto.from_pretrained(attempt.artifact)
     assert model.dtype == torch.bfloat16
-    assert {type(module).__name__ for name, module in model.named_modules() if name.endswith("_proj")} == {"Linear4bit"}
-    assert type(model.lm_head) is nn.Linear
+    coded = {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
+    assert coded == set(attempt.report["stages"][0]["layers"])
     with torch.inference_mode():
         logits = model(input_ids=probe["input_ids"].view(1, -1)).logits[0].float()
     largest = float(probe["logits"].abs().max())
     assert float((logits - probe["logits"]).abs().max()) < 0.05 * largest
-    weights = model.dequantize().model.layers[0].mlp.up_proj.weight
-    assert weights.shape == (256, 128)
+    assert model.dequantize().get_submodule(layer).weight.shape == (256, config["hidden_size"])
 
 
 def test_layers_that_it_cannot_read_everywhere_are_stored_in_full(tmp_path: Path) -> None:
