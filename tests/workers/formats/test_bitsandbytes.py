@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from tests.models import write_tiny_llama, write_tiny_model
-from tests.workers.attempts import certified, compressed
+from tests.workers.attempts import certified, compressed, fetched
+from workers.errors import UserError
 from workers.formats import bitsandbytes
 from workers.solvers.quantization import Grid, QuantizedWeight, quantize_to_normal_float
 
@@ -77,8 +78,16 @@ def test_plain_transformers_opens_it_and_in_its_own_type_stays_near(
     assert model.dequantize().get_submodule(layer).weight.shape == (256, config["hidden_size"])
 
 
+def test_it_is_no_source_for_another_job(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model")
+    first = compressed(tmp_path / "first", tmp_path / "model", {"stages": [NF4]})
+    with pytest.raises(UserError) as caught:
+        fetched(tmp_path / "again", first.artifact, {"stages": [NF4]})
+    assert (caught.value.code, caught.value.param) == ("unsupported_quantization", "model.id")
+
+
 def test_layers_that_it_cannot_read_everywhere_are_stored_in_full(tmp_path: Path) -> None:
-    """48 columns hold no whole block; 80 rows are no multiple of 32."""
+    """80 columns hold no whole number of blocks; 80 rows are no multiple of 32."""
     write_tiny_llama(tmp_path / "model", hidden_size=64, intermediate_size=80)
     attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [NF4]})
     stored = load_file(attempt.artifact / "model.safetensors")
@@ -91,6 +100,17 @@ def test_layers_that_it_cannot_read_everywhere_are_stored_in_full(tmp_path: Path
     config = json.loads((attempt.artifact / "config.json").read_text())["quantization_config"]
     assert {"lm_head", "model.layers.1.mlp.up_proj"} <= set(config["llm_int8_skip_modules"])
     assert not any(re.search("self_attn", name) for name in config["llm_int8_skip_modules"])
+
+
+def test_as_plain_values_such_layers_have_a_block_a_row(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model", hidden_size=64, intermediate_size=80)
+    recipe = {"stages": [NF4], "output": {"format": "safetensors"}}
+    attempt = certified(tmp_path / "work", tmp_path / "model", recipe)
+    stage = attempt.report["stages"][0]
+    assert stage["layers"]["model.layers.0.mlp.down_proj"]["group_size"] == 80
+    assert {each["code"] for each in stage["fallbacks"]} == {"group_size"}
+    weight = load_file(attempt.artifact / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+    assert max(len(row.unique()) for row in weight) <= 16
 
 
 def test_a_block_never_spans_rows(tmp_path: Path) -> None:
