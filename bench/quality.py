@@ -59,9 +59,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "smoothquant": {"technique": "smoothquant"},
     "dynamic_int8": {"technique": "dynamic_int8"},
     "fp8": {"technique": "round_to_nearest", "scheme": "FP8"},
+    "nf4": {"technique": "round_to_nearest", "scheme": "NF4"},
 }
 # What llm-compressor cannot do without an accelerator, or not at all.
-WITHOUT_PEER = {"awq-4", "awq-3", "magnitude-50", "magnitude-60", "magnitude-2:4"}
+WITHOUT_PEER = {"awq-4", "awq-3", "magnitude-50", "magnitude-60", "magnitude-2:4", "nf4"}
 CLAIMS = [
     *((f"gptq-{bits}", f"{other}-{bits}") for bits in (4, 3) for other in ("awq", "round_to_nearest")),
     *(

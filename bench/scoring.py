@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from workers.evaluation.quality import Estimate, mean_with_error
+from workers.formats import bitsandbytes
 
 WINDOW = 1_024
 
@@ -19,6 +20,7 @@ WINDOW = 1_024
 def token_losses(folder: Path, ids: Tensor) -> Tensor:
     """The loss (nats, float64) of every token but each window's first, in float32."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    bitsandbytes.to_float32(model)
     parts = []
     for window in torch.split(ids, WINDOW):
         logits = model(input_ids=window.unsqueeze(0), use_cache=False).logits[0, :-1]

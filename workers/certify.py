@@ -18,7 +18,7 @@ from workers.evaluation.quality import measure, windows_of
 from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_runs, measure_speed
 from workers.fingerprint import fingerprint
-from workers.formats.opening import Opened, open_checkpoint
+from workers.formats.opening import Opened, load_snippet, open_checkpoint
 from workers.formats.parts import write_json
 from workers.model_card import model_card
 from workers.recipe import Recipe
@@ -82,6 +82,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "generation": {"prompt": recipe.evaluation.prompt, **texts},
             "stages": stages,
             "constraints": check_constraints(request.get("constraints", {}), quality, size),
+            "load_snippet": load_snippet(recipe.output),
             "environment": fingerprint(work / "source" / "data.json"),
             "timings": {
                 "compress_seconds": compressed["seconds"],
@@ -206,7 +207,7 @@ def _prove_grid(model: Any, stage: QuantizationOptions, group_sizes: dict[str, i
         raise CrashError(
             "not_on_grid", f"{len(off_grid)} layers hold more values than {stage.scheme} has, the first {off_grid[0]}."
         )
-    return {"theoretical_packed_bytes": packed_bytes(model, group_sizes, num_bits, symmetric=stage.symmetric)}
+    return {"theoretical_packed_bytes": packed_bytes(model, group_sizes, num_bits, stage.scale_bits)}
 
 
 def _quality(

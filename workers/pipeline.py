@@ -23,11 +23,12 @@ from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
 from workers.engine.text import calibration_samples, read_documents, tokenize
 from workers.errors import UserError
-from workers.formats import compressed_tensors
+from workers.formats import bitsandbytes, compressed_tensors
 from workers.formats.parts import Parts, write_json
 from workers.recipe import Recipe
 from workers.sources.tokenizer_file import tokenizer_failures
 from workers.sources.unchanged import check_unchanged
+from workers.techniques import RoundToNearest
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -141,14 +142,7 @@ def _export(
         config.pop("torch_dtype", None)
         config["dtype"] = recipe.cast
     if streamed.grids:
-        assert recipe.output.packing is not None
-        config["quantization_config"] = compressed_tensors.quantization_config(
-            streamed.grids,
-            skeleton.linear_layers,
-            recipe.output.packing,
-            quantizes_activations=recipe.quantizes_activations,
-            unpacks_on_load=recipe.quantizes_embeddings,
-        )
+        config["quantization_config"] = _quantization_config(skeleton, recipe, streamed)
     write_json(folder / "config.json", config)
     for pattern in COMPANION_FILES:
         for path in sorted(checkpoint.folder.glob(pattern)):
@@ -161,6 +155,26 @@ def _export(
             "recipe": recipe.model_dump(mode="json"),
             "data": json.loads((folder.parent / "source" / "data.json").read_text(encoding="utf-8")),
         },
+    )
+
+
+def _quantization_config(skeleton: Skeleton, recipe: Recipe, streamed: Streamed) -> dict[str, Any]:
+    if recipe.output.format == "bitsandbytes":
+        stage, layer = recipe.quantization, next(iter(streamed.grids))
+        assert isinstance(stage, RoundToNearest)
+        return bitsandbytes.quantization_config(
+            streamed.grids,
+            skeleton.linear_layers,
+            skeleton.checkpoint.stored_dtype(f"{layer}.weight"),
+            double_quant=stage.double_quant,
+        )
+    assert recipe.output.packing is not None
+    return compressed_tensors.quantization_config(
+        streamed.grids,
+        skeleton.linear_layers,
+        recipe.output.packing,
+        quantizes_activations=recipe.quantizes_activations,
+        unpacks_on_load=recipe.quantizes_embeddings,
     )
 
 

@@ -14,7 +14,7 @@ from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, Statis
 
 RECIPE_VERSION: Literal[1] = 1
 
-Format = Literal["compressed-tensors", "safetensors"]
+Format = Literal["compressed-tensors", "bitsandbytes", "safetensors"]
 Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
 _DATASET = re.compile(r"(builtin|hub|file):[^\x00-\x1f\x7f]{1,500}")
@@ -130,9 +130,11 @@ class Recipe(_Part):
         if not isinstance(output, Mapping) or not isinstance(stages, list):
             return data
         output = dict(output)
-        packings = [packing for packing in map(_packing_of, stages) if packing is not None]
+        schemes = [scheme for scheme in map(_scheme_of, stages) if scheme is not None]
+        packings = [packing for scheme in schemes for packing in packings_of(scheme)[:1]]
         if output.get("format") is None:
-            output["format"] = "compressed-tensors" if packings else "safetensors"
+            codes = "bitsandbytes" if any(scheme.is_normal for scheme in schemes) else "safetensors"
+            output["format"] = "compressed-tensors" if packings else codes
         if output["format"] == "compressed-tensors" and output.get("packing") is None:
             output["packing"] = packings[0] if packings else "pack-quantized"
         return {**data, "output": output}
@@ -150,7 +152,7 @@ class Recipe(_Part):
     @property
     def stores_codes(self) -> bool:
         """Whether quantized layers are stored as codes, and not as the values that those stand for."""
-        return self.output.packing is not None
+        return self.output.format != "safetensors"
 
     @property
     def cast(self) -> str | None:
@@ -173,19 +175,18 @@ class Recipe(_Part):
         return next((stage for stage in self.stages if isinstance(stage, QuantizationOptions)), None)
 
 
-def _packing_of(stage: object) -> Packing | None:
-    """How the codes of a stage, not yet validated, are stored by default; None where they are not."""
+def _scheme_of(stage: object) -> SchemeFacts | None:
+    """What the scheme of a stage, not yet validated, says; None where there is none."""
     technique = TECHNIQUES.get(str(stage.get("technique"))) if isinstance(stage, Mapping) else None
     if technique is None or not issubclass(technique, QuantizationOptions):
         return None
     assert isinstance(stage, Mapping)
-    scheme = SCHEMES.get(str(stage.get("scheme", technique.model_fields["scheme"].default)))
-    return packings_of(scheme)[0] if scheme is not None and packings_of(scheme) else None
+    return SCHEMES.get(str(stage.get("scheme", technique.model_fields["scheme"].default)))
 
 
 def packings_of(scheme: SchemeFacts) -> tuple[Packing, ...]:
     """The ways in which compressed-tensors stores codes of a scheme, the usual one first; none for odd widths."""
-    if scheme.dtype is not None:
+    if scheme.dtype is not None or scheme.is_normal:
         return ()
     if scheme.is_float:
         return ("float-quantized",)
@@ -219,13 +220,13 @@ def check_stages(recipe: Recipe) -> None:
             "nothing can follow quantization; move this stage before it",
         )
     output, quantization = recipe.output, recipe.quantization
-    if output.format == "compressed-tensors" and quantization is None:
+    if output.format != "safetensors" and quantization is None:
         raise RecipeError(
             "output_format_impossible",
             "output.format",
-            "compressed-tensors stores quantized layers and no stage quantizes; use safetensors",
+            f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
         )
-    if output.format == "safetensors" and output.packing is not None:
+    if output.format != "compressed-tensors" and output.packing is not None:
         raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
     if quantization is not None:
         _check_output_of(quantization, output)
@@ -242,6 +243,20 @@ def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:
                 f"plain safetensors cannot say that activations are quantized, as {quantization.scheme} does; "
                 "use compressed-tensors",
             )
+    elif output.format == "bitsandbytes":
+        if not scheme.is_normal:
+            raise RecipeError(
+                "output_format_impossible",
+                "output.format",
+                f"bitsandbytes stores NF4, not {quantization.scheme}; "
+                f"use {'compressed-tensors' if packings else 'safetensors'}",
+            )
+    elif scheme.is_normal:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"compressed-tensors has no codes for {quantization.scheme}; use bitsandbytes, or safetensors for values",
+        )
     elif not packings:
         raise RecipeError(
             "output_format_impossible",

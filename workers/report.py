@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from workers.evaluation.speed import Speed
-from workers.formats.opening import LOAD_SNIPPET, Opened
+from workers.formats.opening import Opened
 
 REPORT_VERSION = 1
 
@@ -49,7 +49,6 @@ def report_of(request: Mapping[str, Any], revision: str, measured: Mapping[str, 
         "job_id": request["job_id"],
         "model": {"id": request["model"]["id"], "revision": revision},
         **measured,
-        "load_snippet": LOAD_SNIPPET.format(folder="path/to/artifact", prompt="Hello"),
     }
 
 

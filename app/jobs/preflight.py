@@ -67,15 +67,18 @@ def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
     """
     widths = facts.linear_in_features
     for index, stage in enumerate(recipe.stages):
-        size = stage.group_size if isinstance(stage, QuantizationOptions) else None
+        if not isinstance(stage, QuantizationOptions):
+            continue
+        size, only = stage.group_size, stage.facts.group_sizes
         if size is None or any(group_size_fits(width, size) for width in widths):
             continue
-        fitting = [size for size in _OFFERED_SIZES if any(group_size_fits(width, size) for width in widths)]
+        fitting = [size for size in only or _OFFERED_SIZES if any(group_size_fits(width, size) for width in widths)]
+        otherwise = "or another scheme" if only else "or null for one scale a channel"
         raise UserError(
             "group_size_fits_no_layer",
             f"Groups of {size} divide no linear layer: their inputs have {_listed(widths)} columns.",
             param=f"recipe.stages[{index}].group_size",
-            hint=f"Sizes that fit: {_listed(fitting or widths)}; or null for one scale a channel.",
+            hint=f"Sizes that fit: {_listed(fitting or ([] if only else widths))}; {otherwise}.",
         )
 
 
@@ -85,7 +88,7 @@ def check_format(recipe: Recipe, facts: ModelFacts) -> None:
     Raises UserError ``unsupported_architecture``, ``not_a_causal_model`` or ``output_format_impossible``.
     """
     architecture = architecture_of(facts.config)
-    if architecture.is_transposed and recipe.stores_codes:
+    if architecture.is_transposed and recipe.output.format == "compressed-tensors":
         raise UserError(
             "output_format_impossible",
             f"compressed-tensors packs linear layers, and those of {architecture.model_type} are convolutions.",

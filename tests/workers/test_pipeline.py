@@ -20,6 +20,7 @@ from workers.pipeline import compress
 
 GPTQ = {"technique": "gptq", "scheme": "W4A16", "group_size": 32}
 NEAREST = {"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 32}
+NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 INT8 = {"technique": "round_to_nearest", "scheme": "W8A16", "group_size": None}
 
 
@@ -58,6 +59,10 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"stages": [{"technique": "sparsegpt", "sparsity": 0.4}, {"technique": "awq", "group_size": 32}]},
         {"stages": [{"technique": "round_to_nearest", "scheme": "FP8"}]},
         {"stages": [{"technique": "wanda", "sparsity": 0.5}, {"technique": "round_to_nearest", "scheme": "FP8"}]},
+        {"stages": [NF4]},
+        {"stages": [{**NF4, "group_size": 32, "double_quant": False, "ignore": ["*.0.self_attn.*"]}]},
+        {"stages": [{"technique": "sparsegpt", "mask_structure": "2:4"}, NF4]},
+        {"stages": [NF4], "output": {"format": "safetensors"}},
         {"stages": [{**NEAREST, "scheme": "W6A16", "symmetric": False}]},
         {"stages": [{"technique": "magnitude", "mask_structure": "2:4"}, {**GPTQ, "scheme": "W2A16"}]},
         {"stages": [{"technique": "magnitude", "sparsity": 0.5}]},
@@ -115,6 +120,24 @@ def test_codes_that_are_not_stored_are_proven_by_the_values(tiny_llama: Path, tm
     assert plain.report["quality"]["perplexity"] == pytest.approx(packed.report["quality"]["perplexity"], rel=1e-2)
 
 
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_values_of_nf4_stand_for_the_same_codes(double_quant: bool, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "model", hidden_size=256, intermediate_size=512)
+    stage = {**NF4, "double_quant": double_quant}
+    plain = certified(tmp_path / "plain", tmp_path / "model", {"stages": [stage], "output": {"format": "safetensors"}})
+    coded = certified(tmp_path / "coded", tmp_path / "model", {"stages": [stage]})
+    codes = load_file(coded.artifact / "model.safetensors")
+    kept = (".weight", ".absmax", ".nested_absmax")
+    stored = sum(
+        tensor.numel() * tensor.element_size()
+        for name, tensor in codes.items()
+        if "_proj." in name and name.endswith(kept)
+    )
+    theoretical = plain.report["stages"][0]["metrics"]["theoretical_packed_bytes"]
+    assert theoretical == pytest.approx(stored, rel=1e-3)
+    assert plain.report["quality"]["perplexity"] == pytest.approx(coded.report["quality"]["perplexity"], rel=1e-2)
+
+
 @pytest.mark.parametrize("is_tied", [True, False])
 def test_a_packed_embedding_is_stored_once_for_all_that_share_it(is_tied: bool, tmp_path: Path) -> None:
     write_tiny_model(
@@ -168,8 +191,9 @@ def test_gptq_is_closer_to_the_original_than_rounding_to_nearest(tiny_llama: Pat
     assert three["int8"] < three["gptq"] < three["nearest"]
 
 
-def test_the_same_recipe_gives_the_same_bytes(tiny_llama: Path, tmp_path: Path) -> None:
-    recipe = {"stages": [{"technique": "magnitude", "sparsity": 0.3}, GPTQ], "seed": 7}
+@pytest.mark.parametrize("last", [GPTQ, NF4], ids=["gptq", "nf4"])
+def test_the_same_recipe_gives_the_same_bytes(last: dict[str, Any], tiny_llama: Path, tmp_path: Path) -> None:
+    recipe = {"stages": [{"technique": "magnitude", "sparsity": 0.3}, last], "seed": 7}
     first, second = (compressed(tmp_path / name, tiny_llama, recipe).artifact for name in ("first", "second"))
     names = sorted(path.name for path in first.iterdir())
     assert names == sorted(path.name for path in second.iterdir())

@@ -38,12 +38,20 @@ class Layer:
     def grid(self, options: QuantizationOptions) -> Grid:
         """The codes that ``options`` ask for, with a group size that this layer can have."""
         in_features = self.weight.shape[1]
-        size = usable_group_size(in_features, options.group_size)
+        size = usable_group_size(in_features, options.group_size, options.facts.group_sizes)
         if options.group_size is not None and size != options.group_size:
             self.fall_back(
                 "group_size", f"group size {size}: {options.group_size} does not divide its {in_features} columns"
             )
-        return Grid(options.facts.num_bits, size, options.symmetric, self.stored_dtype, options.facts.is_float)
+        facts = options.facts
+        return Grid(
+            facts.num_bits,
+            size,
+            options.symmetric,
+            torch.float32 if facts.is_normal else self.stored_dtype,
+            facts.is_float,
+            facts.is_normal,
+        )
 
     def rescale(self, scale: Tensor, statistics: InputStatistics | None) -> None:
         """Read the input divided by ``scale`` (float32, in_features), whose statistics are ``statistics``."""

@@ -12,6 +12,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from workers.architectures import Architecture
 from workers.engine.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ class Skeleton:
     @property
     def linear_layers(self) -> list[str]:
         """Names of all linear layers of the model, those outside the blocks too."""
-        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear)]
+        return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
 
     def present(self, names: Iterable[str]) -> list[str]:
         """Those of the modules that this model has."""

@@ -19,7 +19,7 @@ from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.errors import UserError
-from workers.formats import compressed_tensors
+from workers.formats import codes, compressed_tensors
 from workers.recipe import Recipe
 from workers.solvers.quantization import Grid
 from workers.techniques import StageOptions
@@ -116,13 +116,12 @@ class Stream:
         self.skeleton.load(block)
         grids, stored = self.result.blocks[index].grids, self.journal.parts.read(part_name(index))
         for layer, (grid, in_features) in grids.items():
-            assert self.recipe.output.packing is not None
             encoded = {
                 name.removeprefix(layer + "."): stored.pop(name)
                 for name in list(stored)
                 if name.startswith(layer + ".weight")
             }
-            weight = compressed_tensors.decode(encoded, grid, in_features, self.recipe.output.packing)
+            weight = codes.decode(encoded, grid, in_features, self.recipe.output)
             if self.recipe.quantizes_embeddings:
                 weight = weight.to(grid.scale_dtype).to(torch.float32)
             self.skeleton.assign_linear(layer, weight.to(self.skeleton.device))
@@ -239,12 +238,11 @@ class Stream:
         """Everything that the artifact stores of a block."""
         tensors = {}
         for layer in layers:
-            packing = self.recipe.output.packing
-            if layer.quantized is None or packing is None:
+            if layer.quantized is None or not self.recipe.stores_codes:
                 tensors[f"{layer.name}.weight"] = self.skeleton.as_module_has_it(layer.stored_weight())
                 continue
             self.result.blocks[-1].grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
-            for name, tensor in compressed_tensors.encode(layer.quantized, packing).items():
+            for name, tensor in codes.encode(layer.quantized, layer.stored_dtype, self.recipe.output).items():
                 tensors[f"{layer.name}.{name}"] = tensor
         compressed = {f"{layer.name}.weight" for layer in layers}
         for name in self.skeleton.checkpoint.parameters(block + "."):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +58,13 @@ def layers_off_grid(model: Any, group_sizes: Mapping[str, int], num_bits: int) -
     ]
 
 
-def packed_bytes(model: Any, group_sizes: Mapping[str, int], num_bits: int, *, symmetric: bool) -> int:
-    """What the layers would take as packed codes with a 16-bit scale, and a zero-point if not symmetric, a group."""
-    bits = 0
+def packed_bytes(model: Any, group_sizes: Mapping[str, int], num_bits: int, scale_bits: float) -> int:
+    """What the layers would take as packed codes, with ``scale_bits`` for the scale of each group."""
+    bits = 0.0
     for name, group_size in group_sizes.items():
         num_weights = _weight(model, name).numel()
-        bits += num_weights * num_bits + num_weights // group_size * (16 + (0 if symmetric else num_bits))
-    return -(-bits // 8)
+        bits += num_weights * num_bits + num_weights // group_size * scale_bits
+    return math.ceil(bits / 8)
 
 
 def _weight(model: Any, name: str) -> Tensor:

@@ -11,16 +11,29 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from workers.errors import CrashError
+from workers.formats import bitsandbytes
+from workers.recipe import Format, Output
 
-LOAD_SNIPPET = """\
-# pip install torch transformers compressed-tensors
+_LOAD_SNIPPET = """\
+# pip install {packages}
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-inputs = tokenizer("{prompt}", return_tensors="pt")
+model = AutoModelForCausalLM.from_pretrained("path/to/artifact")
+tokenizer = AutoTokenizer.from_pretrained("path/to/artifact")
+inputs = tokenizer("Hello", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
 """
+_PACKAGES: dict[Format, str] = {
+    "safetensors": "torch transformers",
+    "compressed-tensors": "torch transformers compressed-tensors",
+    "bitsandbytes": "torch transformers accelerate bitsandbytes",
+}
+
+
+def load_snippet(output: Output) -> str:
+    """Python that opens an artifact, with what has to be installed for it."""
+    assert output.format is not None
+    return _LOAD_SNIPPET.format(packages=_PACKAGES[output.format])
 
 
 @dataclass(frozen=True)
@@ -33,7 +46,7 @@ class Opened:
 
 
 def open_checkpoint(folder: Path, device: torch.device) -> Opened:
-    """Open a folder in float32.
+    """Open a folder in float32, its 4-bit layers included.
 
     Raises:
         CrashError: ``artifact_incomplete`` where transformers misses a weight or finds one that it does not know.
@@ -43,6 +56,7 @@ def open_checkpoint(folder: Path, device: torch.device) -> Opened:
     model, info = auto.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, local_files_only=True
     )
+    bitsandbytes.to_float32(model)
     model.to(device).eval()
     seconds = time.perf_counter() - begin
     wrong = {key: sorted(info[key])[:5] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}

@@ -1,7 +1,8 @@
-"""Integer grids: choose scales, round weights to codes, and turn codes back into weights.
+"""Grids: choose scales, round weights to codes, and turn codes back into weights.
 
 A weight is rows × columns (out_features × in_features). Columns are cut into groups of ``group_size``; each row
-has one scale, and one zero-point if not symmetric, for each group: value = (code − zero_point) · scale.
+has one scale, and one zero-point if not symmetric, for each group: value = (code − zero_point) · scale. A code of
+NormalFloat is the index of its value.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from workers.solvers import compiled
 from workers.solvers.launching import LaunchedAsOne
+from workers.solvers.normal_float import NF4, QuantizedScales, nearest_normal_float, quantize_scales
 
 # Shrinking factors tried for each scale. Below about half the range, clipping costs more than it gains at 4 bits.
 NUM_CLIP_STEPS = 24
@@ -33,6 +35,7 @@ class Grid:
     symmetric: bool
     scale_dtype: torch.dtype = torch.float32
     is_float: bool = False  # codes are float8 e4m3: values between are nearer to each other where they are small
+    is_normal: bool = False  # codes are 4-bit NormalFloat
 
     @property
     def lowest(self) -> int:
@@ -53,13 +56,17 @@ class QuantizedWeight:
     scale: Tensor  # float32 holding values of grid.scale_dtype, rows × groups
     zero_point: Tensor  # int8, rows × groups; all zero when symmetric
     grid: Grid
+    quantized_scales: QuantizedScales | None = None  # where they are stored as codes, which give ``scale``
 
     def dequantize(self) -> Tensor:
         """The weight that the codes stand for: float32, rows × columns."""
         rows, columns = self.codes.shape
-        codes = self.codes.view(rows, -1, self.grid.group_size).to(torch.float32)
-        values = (codes - self.zero_point.to(torch.float32).unsqueeze(-1)) * self.scale.unsqueeze(-1)
-        return values.view(rows, columns)
+        codes = self.codes.view(rows, -1, self.grid.group_size)
+        if self.grid.is_normal:
+            values = NF4.to(codes.device)[codes.to(torch.int64)]
+        else:
+            values = codes.to(torch.float32) - self.zero_point.to(torch.float32).unsqueeze(-1)
+        return (values * self.scale.unsqueeze(-1)).view(rows, columns)
 
 
 def quantize_to_nearest(
@@ -79,6 +86,21 @@ def quantize_to_nearest(
     if zeros is not None:
         codes = torch.where(zeros, columns_zero, codes)
     return QuantizedWeight(codes.to(torch.int8), scale, zero_point, grid)
+
+
+def quantize_to_normal_float(weight: Tensor, grid: Grid, *, double_quant: bool) -> QuantizedWeight:
+    """Round every weight (float32, rows × columns) to its nearest NormalFloat; zeros stay exactly zero.
+
+    Each group's scale is its largest absolute value. With ``double_quant`` scales are stored as 8-bit codes, and
+    weights rounded to what is nearest under the scales that those give back.
+    """
+    scale = weight.reshape(weight.shape[0], -1, grid.group_size).abs().amax(dim=-1)
+    scales = None
+    if double_quant:
+        scales = quantize_scales(scale)
+        scale = scales.dequantize().view_as(scale)
+    zero_point = torch.zeros_like(scale, dtype=torch.int8)
+    return QuantizedWeight(nearest_normal_float(weight, scale), scale, zero_point, grid, scales)
 
 
 def _to_float8(weight: Tensor, grid: Grid) -> QuantizedWeight:

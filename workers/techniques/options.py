@@ -19,8 +19,10 @@ Kind = Literal["pruning", "quantization", "distillation", "factorization", "shar
 WeightScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16"]
 # One flat list each, not unions: then an error names every value that there is.
 IntegerScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8"]
-Scheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8", "FP8", "FP16", "BF16"]
+Scheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8", "FP8", "NF4", "FP16", "BF16"]
 Statistic = Literal["hessian", "input_norms", "input_absmax"]
+# Block sizes that bitsandbytes knows, but for 2048 and 4096: CPUs with AVX-512 compile for a minute before those.
+NORMAL_FLOAT_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,8 @@ class SchemeFacts:
 
     num_bits: int  # of one weight
     is_float: bool = False  # FP8: e4m3
+    is_normal: bool = False  # 4-bit NormalFloat
+    group_sizes: tuple[int, ...] | None = None  # the only ones that there are
     # Each token of a layer's input is quantized like the weights, by a scale of its own, whenever the model runs.
     quantizes_activations: bool = False
     # A cast: every tensor of the model is stored in this type of torch's, and there are no codes.
@@ -39,6 +43,7 @@ SCHEMES: Mapping[str, SchemeFacts] = {
     **{scheme: SchemeFacts(int(scheme[1])) for scheme in get_args(WeightScheme)},
     "W8A8": SchemeFacts(8, quantizes_activations=True),
     "FP8": SchemeFacts(8, is_float=True, quantizes_activations=True),
+    "NF4": SchemeFacts(4, is_normal=True, group_sizes=NORMAL_FLOAT_GROUP_SIZES),
     "FP16": SchemeFacts(16, is_float=True, dtype="float16"),
     "BF16": SchemeFacts(16, is_float=True, dtype="bfloat16"),
 }
@@ -67,15 +72,17 @@ def group_size_fits(in_features: int, size: int) -> bool:
     return size >= SMALLEST_GROUP and size % GROUP_MULTIPLE == 0 and in_features % size == 0
 
 
-def usable_group_size(in_features: int, requested: int | None) -> int:
+def usable_group_size(in_features: int, requested: int | None, allowed: Sequence[int] | None = None) -> int:
     """The group size that a layer of ``in_features`` columns gets.
 
-    ``requested`` if it divides the layer, else the largest smaller divisor that the format allows, else one group
-    for the whole row; None asks for the latter.
+    ``requested`` if it divides the layer, else the largest smaller divisor that the format allows (of ``allowed``, if
+    that is given), else one group for the whole row; None asks for the latter.
     """
     if requested is None:
         return in_features
-    sizes = range(min(requested, in_features), SMALLEST_GROUP - 1, -1)
+    sizes: Sequence[int] = range(min(requested, in_features), SMALLEST_GROUP - 1, -1)
+    if allowed is not None:
+        sizes = [size for size in sorted(allowed, reverse=True) if size <= requested]
     return next((size for size in sizes if group_size_fits(in_features, size)), in_features)
 
 
@@ -124,7 +131,8 @@ class QuantizationOptions(StageOptions):
         Field(
             description="Bits of weights and of activations. Widths other than 4 and 8 have no stable packed layout: "
             "their values are stored at the model's own width, and the report states the packed size. W8A8 and FP8 "
-            "also quantize each token of a layer's input when the model runs. FP16 and BF16 cast the whole model."
+            "also quantize each token of a layer's input when the model runs. NF4 is 4-bit NormalFloat. FP16 and BF16 "
+            "cast the whole model."
         ),
     ] = "W4A16"
     group_size: Annotated[
@@ -133,8 +141,8 @@ class QuantizationOptions(StageOptions):
             ge=1,
             le=1_048_576,
             description="Input columns that share a scale; null for one scale per output channel, as W8A8 and FP8 "
-            "always have. A layer that it does not divide falls back to its largest usable divisor, and the report "
-            "says so.",
+            "always have. NF4 takes powers of two from 32 to 1024, and 64 where nothing is said. A layer that it does "
+            "not divide falls back to its largest usable divisor, and the report says so.",
         ),
     ] = 128
     symmetric: Annotated[bool, Field(description="No zero-points: code 0 is the value 0.")] = True
@@ -153,6 +161,8 @@ class QuantizationOptions(StageOptions):
             scheme = SCHEMES.get(str(data.get("scheme", cls.model_fields["scheme"].default)))
             if scheme is not None and (scheme.quantizes_activations or scheme.dtype):
                 return {**data, "group_size": None}
+            if scheme is not None and scheme.is_normal:
+                return {**data, "group_size": 64}
         return data
 
     @model_validator(mode="after")
@@ -164,6 +174,14 @@ class QuantizationOptions(StageOptions):
                 raise ValueError(f"symmetric must be true with {self.scheme}")
             if self.embeddings:
                 raise ValueError(f"embeddings must be false with {self.scheme}, which does without")
+        if self.facts.is_normal:
+            if self.group_size not in NORMAL_FLOAT_GROUP_SIZES:
+                sizes = ", ".join(map(str, NORMAL_FLOAT_GROUP_SIZES))
+                raise ValueError(f"group_size must be one of {sizes} with {self.scheme}")
+            if not self.symmetric:
+                raise ValueError(f"symmetric must be true with {self.scheme}, whose blocks have no zero-points")
+            if self.embeddings:
+                raise ValueError(f"embeddings must be false with {self.scheme}: transformers reads linear layers alone")
         if self.facts.dtype and self.ignore:
             raise ValueError(f"ignore must be empty with {self.scheme}, which casts the whole model")
         if self.embeddings and self.group_size is None and not self.symmetric:
@@ -174,6 +192,11 @@ class QuantizationOptions(StageOptions):
     def facts(self) -> SchemeFacts:
         """What the scheme's name says."""
         return SCHEMES[self.scheme]
+
+    @property
+    def scale_bits(self) -> float:
+        """Bits that the scale of a group takes where codes are packed, with its zero-point."""
+        return 16 if self.symmetric else 16 + self.facts.num_bits
 
 
 class PruningOptions(StageOptions):

@@ -11,6 +11,7 @@ from tests.app.jobs.refusals import GPTQ, Refused
 
 pytestmark = pytest.mark.usefixtures("nothing_happens")
 
+NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 PRUNING = {"technique": "magnitude"}
 
 
@@ -59,6 +60,15 @@ PRUNING = {"technique": "magnitude"}
         ([{**PRUNING, "mask_structure": "4:2"}], "invalid_value", "recipe.stages[0].mask_structure"),
         ([{**PRUNING, "mask_structure": "2:4", "sparsity": 0.9}], "invalid_value", "recipe.stages[0]"),
         ([{**GPTQ, "scheme": "W9A16"}], "invalid_value", "recipe.stages[0].scheme"),
+        ([{**GPTQ, "scheme": "NF4"}], "invalid_value", "recipe.stages[0].scheme"),
+        ([{**NF4, "group_size": None}], "invalid_value", "recipe.stages[0]"),
+        ([{**NF4, "group_size": 96}], "invalid_value", "recipe.stages[0]"),
+        ([{**NF4, "symmetric": False}], "invalid_value", "recipe.stages[0]"),
+        ([{**NF4, "embeddings": True}], "invalid_value", "recipe.stages[0]"),
+        ([{**NF4, "clip_search": True}], "invalid_value", "recipe.stages[0]"),
+        ([{**NF4, "scheme": "W4A16", "double_quant": True}], "invalid_value", "recipe.stages[0]"),
+        ([{**NF4, "group_size": 2048}], "invalid_value", "recipe.stages[0]"),
+        ([{**NF4, "group_size": 1024}], "group_size_fits_no_layer", "recipe.stages[0].group_size"),
         ([GPTQ, PRUNING], "stages_conflict", "recipe.stages[1].technique"),
         ([GPTQ, GPTQ], "stages_conflict", "recipe.stages[1].technique"),
         ([{**GPTQ, "group_size": 100}], "group_size_fits_no_layer", "recipe.stages[0].group_size"),
@@ -75,6 +85,22 @@ def test_quantized_activations_need_a_format_that_says_so(refused: Refused) -> N
     recipe = {"stages": [{"technique": "dynamic_int8"}], "output": {"format": "safetensors"}}
     problem = refused(422, recipe=recipe)
     assert (problem["code"], problem["param"]) == ("output_format_impossible", "recipe.output.format")
+
+
+@pytest.mark.parametrize(
+    ("stage", "output", "param"),
+    [
+        (NF4, {"format": "compressed-tensors"}, "recipe.output.format"),
+        (NF4, {"packing": "pack-quantized"}, "recipe.output.packing"),
+        (GPTQ, {"format": "bitsandbytes"}, "recipe.output.format"),
+        (PRUNING, {"format": "bitsandbytes"}, "recipe.output.format"),
+    ],
+)
+def test_nf4_and_bitsandbytes_belong_together(
+    refused: Refused, stage: dict[str, Any], output: dict[str, str], param: str
+) -> None:
+    problem = refused(422, recipe={"stages": [stage], "output": output})
+    assert (problem["code"], problem["param"]) == ("output_format_impossible", param)
 
 
 def test_a_width_that_no_layout_packs_is_refused_in_a_packed_format(refused: Refused) -> None:

@@ -108,6 +108,7 @@ def test_it_may_be_stopped_again_and_again(model: Path, expected: dict[str, str]
         {"technique": "round_to_nearest", "group_size": 32, "embeddings": True},
         {"technique": "gptq", "scheme": "W3A16", "group_size": 32},
         {"technique": "round_to_nearest", "scheme": "FP8"},
+        {"technique": "round_to_nearest", "scheme": "NF4", "ignore": ["*.q_proj"]},
     ],
     ids=lambda stage: str(stage["technique"]),
 )

@@ -49,5 +49,5 @@ def test_packed_bytes_count_codes_scales_and_zero_points() -> None:
     model = model_of(a=torch.zeros(8, 64), b=torch.zeros(4, 32))
     sizes = {"a": 32, "b": 32}
     num_weights, num_groups = 8 * 64 + 4 * 32, 8 * 2 + 4
-    assert packed_bytes(model, sizes, 3, symmetric=True) == (num_weights * 3 + num_groups * 16) // 8
-    assert packed_bytes(model, sizes, 3, symmetric=False) == -(-(num_weights * 3 + num_groups * 19) // 8)
+    assert packed_bytes(model, sizes, 3, 16) == (num_weights * 3 + num_groups * 16) // 8
+    assert packed_bytes(model, sizes, 3, 19) == -(-(num_weights * 3 + num_groups * 19) // 8)

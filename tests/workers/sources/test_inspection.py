@@ -106,6 +106,8 @@ def as_int8(tensors: dict[str, np.ndarray[Any, Any]], name: str) -> None:
     tensors[name] = tensors[name].astype(np.int8)
 
 
+# What an NF4 result says: its headers do not tell the widths of its layers.
+NF4_CONFIG = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 BREAKAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("config_missing", lambda folder: (folder / "config.json").unlink()),
     ("invalid_config", lambda folder: (folder / "config.json").write_text("{")),
@@ -126,6 +128,7 @@ BREAKAGES: list[tuple[str, Callable[[Path], object]]] = [
     ("invalid_config", lambda folder: edit_config(folder, num_labels=10**8)),
     ("invalid_config", lambda folder: edit_tensors(folder, lambda tensors: as_int8(tensors, "model.norm.weight"))),
     ("invalid_config", lambda folder: edit_config(folder, quantization_config={"quant_method": "compressed-tensors"})),
+    ("unsupported_quantization", lambda folder: edit_config(folder, quantization_config=NF4_CONFIG)),
     ("invalid_config", lambda folder: edit_config(folder, hidden_size="32")),
     ("invalid_config", lambda folder: edit_config(folder, vocab_size=VOCAB + 1)),
     ("unsupported_quantization", lambda folder: edit_config(folder, quantization_config={"quant_method": "gptq"})),
