@@ -18,7 +18,8 @@ from workers.evaluation.quality import measure, windows_of
 from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_runs, measure_speed
 from workers.fingerprint import fingerprint
-from workers.formats.opening import Opened, open_checkpoint
+from workers.formats import load_sparse
+from workers.formats.opening import Opened, open_archive, open_checkpoint
 from workers.formats.parts import write_json
 from workers.model_card import model_card
 from workers.recipe import Recipe
@@ -58,7 +59,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     check_unchanged(work / "source")
     check_runs(original.model, original.tokenizer, recipe.evaluation.prompt)
     progress("certify.open", 0.05)
-    artifact = open_checkpoint(work / "artifact", device)
+    artifact = (open_archive if recipe.stores_bitmasks else open_checkpoint)(work / "artifact", device)
     _check_logits(artifact.model, work / "probe.safetensors")
     _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
     size = _check_size(work / "artifact", source, recipe)
@@ -75,6 +76,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     report = report_of(
         request,
         source["revision"],
+        recipe.output.format or "safetensors",
         {
             "size": size,
             "quality": quality,
@@ -134,6 +136,14 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
     has_few_values = recipe.quantization is not None and not recipe.stores_codes and recipe.cast is None
     is_proven = has_few_values or any(isinstance(stage, PruningOptions) for stage in recipe.stages)
+    if artifact_bytes >= original_bytes and recipe.stores_bitmasks:
+        raise UserError(
+            "not_smaller",
+            f"As bitmasks and values the result has {artifact_bytes:,} bytes and the original's parameters have "
+            f"{original_bytes:,}.",
+            param="recipe.output.format",
+            hint="Ask for more sparsity; or set recipe.output.format to safetensors, which stores the zeros too.",
+        )
     if artifact_bytes >= original_bytes and not is_proven:
         raise UserError(
             "not_smaller",
@@ -145,11 +155,17 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     return {
         "original_bytes": original_bytes,
         "artifact_bytes": artifact_bytes,
+        "dense_bytes": _dense_bytes(folder) if recipe.stores_bitmasks else None,
         "compression_ratio": original_bytes / artifact_bytes,
         "original_parameters": source["num_parameters"],
         "original_file_bytes": source["source_file_bytes"],
         "original_format": source["source_format"],
     }
+
+
+def _dense_bytes(folder: Path) -> int:
+    """Bytes of the tensors that a sparse-bitmask artifact stands for."""
+    return sum(tensor.num_bytes for tensor in load_sparse.read_tensors(folder))
 
 
 def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:

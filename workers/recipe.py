@@ -14,7 +14,7 @@ from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, Statis
 
 RECIPE_VERSION: Literal[1] = 1
 
-Format = Literal["compressed-tensors", "safetensors"]
+Format = Literal["compressed-tensors", "safetensors", "sparse-bitmask"]
 Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
 _DATASET = re.compile(r"(builtin|hub|file):[^\x00-\x1f\x7f]{1,500}")
@@ -98,7 +98,13 @@ class Evaluation(_Part):
 class Output(_Part):
     """The form of the artifact. A null format is chosen by the stages."""
 
-    format: Format | None = None
+    format: Annotated[
+        Format | None,
+        Field(
+            description="compressed-tensors: codes of quantized layers; safetensors: every value; sparse-bitmask, if "
+            "all stages prune: a bit for each weight and the values that are left, opened by the artifact's own loader."
+        ),
+    ] = None
     packing: Annotated[
         Packing | None,
         Field(
@@ -151,6 +157,11 @@ class Recipe(_Part):
     def stores_codes(self) -> bool:
         """Whether quantized layers are stored as codes, and not as the values that those stand for."""
         return self.output.packing is not None
+
+    @property
+    def stores_bitmasks(self) -> bool:
+        """Whether pruned weights are stored as a bitmask and the values that are left."""
+        return self.output.format == "sparse-bitmask"
 
     @property
     def cast(self) -> str | None:
@@ -225,7 +236,14 @@ def check_stages(recipe: Recipe) -> None:
             "output.format",
             "compressed-tensors stores quantized layers and no stage quantizes; use safetensors",
         )
-    if output.format == "safetensors" and output.packing is not None:
+    if output.format == "sparse-bitmask" and quantization is not None:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"sparse-bitmask stores values that pruning left, and stages[{quantizing[0]}] quantizes them; "
+            "use compressed-tensors",
+        )
+    if output.format != "compressed-tensors" and output.packing is not None:
         raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
     if quantization is not None:
         _check_output_of(quantization, output)

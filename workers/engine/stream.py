@@ -19,7 +19,7 @@ from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.errors import UserError
-from workers.formats import compressed_tensors
+from workers.formats import compressed_tensors, sparse_bitmask
 from workers.recipe import Recipe
 from workers.solvers.quantization import Grid
 from workers.techniques import StageOptions
@@ -115,6 +115,8 @@ class Stream:
         """Load a finished block with the weights that the artifact will compute with."""
         self.skeleton.load(block)
         grids, stored = self.result.blocks[index].grids, self.journal.parts.read(part_name(index))
+        if self.recipe.stores_bitmasks:
+            stored = sparse_bitmask.decode(stored)
         for layer, (grid, in_features) in grids.items():
             assert self.recipe.output.packing is not None
             encoded = {
@@ -237,11 +239,12 @@ class Stream:
 
     def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
         """Everything that the artifact stores of a block."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer in layers:
             packing = self.recipe.output.packing
             if layer.quantized is None or packing is None:
-                tensors[f"{layer.name}.weight"] = self.skeleton.as_module_has_it(layer.stored_weight())
+                name, weight = f"{layer.name}.weight", self.skeleton.as_module_has_it(layer.stored_weight())
+                tensors |= sparse_bitmask.encode(name, weight) if self.recipe.stores_bitmasks else {name: weight}
                 continue
             self.result.blocks[-1].grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
             for name, tensor in compressed_tensors.encode(layer.quantized, packing).items():

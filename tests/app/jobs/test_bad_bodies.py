@@ -88,6 +88,7 @@ def test_a_width_that_no_layout_packs_is_refused_in_a_packed_format(refused: Ref
     [
         ("output", {"format": "gguf"}, "invalid_value", "recipe.output.format"),
         ("output", {"packing": "int-quantized"}, "output_format_impossible", "recipe.output.packing"),
+        ("output", {"format": "sparse-bitmask"}, "output_format_impossible", "recipe.output.format"),
         ("calibration", {"dataset": {"texts": []}}, "invalid_value", "recipe.calibration.dataset.texts"),
         ("calibration", {"dataset": {"texts": [" \n"]}}, "empty_dataset", "recipe.calibration.dataset"),
         ("calibration", {"dataset": {"texts": ["a", 1]}}, "invalid_type", "recipe.calibration.dataset.texts[1]"),

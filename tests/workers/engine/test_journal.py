@@ -120,6 +120,16 @@ def test_norms_scales_and_quantized_inputs_come_back_too(stage: dict[str, Any], 
     assert digests(attempt) == digests(undisturbed)
 
 
+def test_weights_that_are_stored_as_bitmasks_come_back_too(model: Path, tmp_path: Path) -> None:
+    recipe = {"stages": [{"technique": "wanda", "sparsity": 0.5}], "output": {"format": "sparse-bitmask"}}
+    undisturbed = compressed(tmp_path / "undisturbed", model, recipe)
+    attempt = fetched(tmp_path / "work", model, recipe)
+    stopped_after(attempt, 2)
+    shutil.rmtree(attempt.work / "journal" / "activations")
+    assert solved_blocks(attempt) == [2, 3]
+    assert digests(attempt) == digests(undisturbed)
+
+
 @pytest.mark.parametrize(
     "lose",
     [
