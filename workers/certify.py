@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -196,21 +197,25 @@ def _prove_stages(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> l
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
     for stage, report in zip(recipe.stages, stages, strict=True):
         if isinstance(stage, PruningOptions):
-            report["metrics"] |= _prove_zeros(model, stage, list(report["layers"]))
+            report["metrics"] |= _prove_zeros(model, stage, report["layers"])
         elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
             sizes = {name: layer["group_size"] for name, layer in report["layers"].items()}
             report["metrics"] |= _prove_grid(model, stage, sizes)
     return stages
 
 
-def _prove_zeros(model: Any, stage: PruningOptions, layers: list[str]) -> dict[str, Any]:
+def _prove_zeros(model: Any, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Each layer has the zeros that it was to get, and all together what the recipe asks for."""
     assert stage.sparsity is not None
-    found = measure_sparsity(model, layers, stage.sparsity, stage.pattern)
+    found = measure_sparsity(model, {name: layer["sparsity"] for name, layer in layers.items()}, stage.pattern)
     if found.layers_below:
         raise CrashError(
             "zeros_missing",
             f"{len(found.layers_below)} layers have fewer zeros than asked for, the first {found.layers_below[0]}.",
         )
+    # Where all layers have one sparsity, each is rounded by itself.
+    if stage.pattern is None and found.num_zeros < math.floor(stage.sparsity * found.num_weights) - len(layers):
+        raise CrashError("zeros_missing", f"Of all weights {found.fraction:.4f} are zero, not {stage.sparsity}.")
     return {"sparsity": found.fraction, "num_zeros": found.num_zeros}
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from workers.techniques import TECHNIQUES, QuantizationOptions, Stage
+from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
 from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, Statistic
 
 RECIPE_VERSION: Literal[1] = 1
@@ -151,7 +151,13 @@ class Recipe(_Part):
     @property
     def statistics(self) -> frozenset[Statistic]:
         """What the stages need from calibration."""
-        return frozenset().union(*(stage.statistics for stage in self.stages))
+        allocating: frozenset[Statistic] = frozenset({"input_norms"} if self.allocates else ())
+        return allocating.union(*(stage.statistics for stage in self.stages))
+
+    @property
+    def allocates(self) -> bool:
+        """Whether a stage gives layers sparsities of their own."""
+        return any(isinstance(stage, PruningOptions) and stage.allocation == "error" for stage in self.stages)
 
     @property
     def stores_codes(self) -> bool:

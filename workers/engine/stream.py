@@ -18,6 +18,7 @@ from workers.engine.rescaling import take_over
 from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
+from workers.engine.survey import allocate_sparsities
 from workers.errors import UserError
 from workers.formats import compressed_tensors, sparse_bitmask
 from workers.recipe import Recipe
@@ -40,6 +41,7 @@ class Stream:
         self.progress = progress
         self._outer = Outer(skeleton, recipe, journal.parts)
         self.result = Streamed(self._outer.result)
+        self._sparsities: list[dict[str, float]] = [{} for _ in recipe.stages]  # of layers that have their own
         self._gates: dict[str, Gate] = {}
         self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
 
@@ -60,6 +62,13 @@ class Stream:
         probe_pass = ForwardPass(skeleton.model, probe.unsqueeze(0).to(skeleton.device))
         passes = [] if calibration is None else self._passes(calibration)
         everyone = [*passes, probe_pass]
+        if self.recipe.allocates:
+            assert calibration is not None
+            with self._timed("allocate"):
+                self._sparsities = self.journal.once(
+                    "sparsities",
+                    lambda: allocate_sparsities(skeleton, self.recipe.stages, calibration, self.progress),
+                )
         with self._timed("write"):
             self._outer.write()
         with self._timed("forward"):
@@ -205,12 +214,17 @@ class Stream:
             if len(taken) == len(layers):
                 self._rescale(stage, block, group, layers, done)
             for layer in taken:
-                metrics = stage.compress(layer)
+                metrics = self._stage_for(layer.name, index).compress(layer)
                 if layer.quantized is not None:
                     metrics["group_size"] = layer.quantized.grid.group_size
                 self.result.blocks[-1].metrics[index][layer.name] = metrics
                 self.result.blocks[-1].fallbacks[index] += layer.fallbacks
                 layer.fallbacks.clear()
+
+    def _stage_for(self, layer: str, index: int) -> StageOptions:
+        """A stage with the sparsity that it has for this layer."""
+        stage, sparsity = self.recipe.stages[index], self._sparsities[index].get(layer)
+        return stage if sparsity is None else stage.model_copy(update={"sparsity": sparsity})
 
     def _rescale(
         self, stage: StageOptions, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]

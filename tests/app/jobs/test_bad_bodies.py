@@ -58,6 +58,8 @@ PRUNING = {"technique": "magnitude"}
         ([{**PRUNING, "sparsity": -0.1}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "mask_structure": "4:2"}], "invalid_value", "recipe.stages[0].mask_structure"),
         ([{**PRUNING, "mask_structure": "2:4", "sparsity": 0.9}], "invalid_value", "recipe.stages[0]"),
+        ([{**PRUNING, "mask_structure": "2:4", "allocation": "error"}], "invalid_value", "recipe.stages[0]"),
+        ([{**PRUNING, "allocation": "owl"}], "invalid_value", "recipe.stages[0].allocation"),
         ([{**GPTQ, "scheme": "W9A16"}], "invalid_value", "recipe.stages[0].scheme"),
         ([GPTQ, PRUNING], "stages_conflict", "recipe.stages[1].technique"),
         ([GPTQ, GPTQ], "stages_conflict", "recipe.stages[1].technique"),
@@ -227,7 +229,7 @@ def test_many_faults_and_long_keys_are_refused_in_no_time(refused: Refused) -> N
         ({"extra": 1}, "constraints, metadata, model, priority, queue, recipe, timeout_seconds"),
         ({"constraints": {"max_size": 1}}, "max_perplexity_ratio, max_size_bytes, min_accuracy"),
         ({"recipe": {"stages": [GPTQ], "evaluation": {"tokens": 1}}}, "allow_overlap, dataset, max_seq_length"),
-        ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "ignore, mask_structure, sparsity, technique"),
+        ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "allocation, ignore, mask_structure, sparsity"),
         ({"recipe": {"stages": [GPTQ], "calibration": {"dataset": {"texts": ["a"], "x": 1}}}}, "labels, texts"),
     ],
 )
