@@ -15,6 +15,7 @@ import json
 import shutil
 import struct
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
@@ -133,11 +134,18 @@ def write_dense(folder: str | Path, output: str | Path) -> None:
     """
     folder, output = Path(folder), Path(output)
     tensors = read_tensors(folder)
-    output.mkdir(parents=True)
-    write_dense_weights(tensors, output)
-    for path in sorted(folder.iterdir()):
-        if path.is_file() and path.name not in LEFT_OUT and path.suffix not in (".safetensors", ".py"):
-            shutil.copyfile(path, output / path.name)
+    if output.exists():
+        raise FileExistsError(f"{output} is there already")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    # Beside its place, so that what is at its place is whole.
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.") as beside:
+        unfinished = Path(beside) / "dense"
+        unfinished.mkdir()
+        write_dense_weights(tensors, unfinished)
+        for path in sorted(folder.iterdir()):
+            if path.is_file() and path.name not in LEFT_OUT and path.suffix not in (".safetensors", ".py"):
+                shutil.copyfile(path, unfinished / path.name)
+        unfinished.rename(output)
 
 
 def write_dense_weights(tensors: list[DenseTensor], output: Path, largest_bytes: int = LARGEST_SHARD_BYTES) -> None:

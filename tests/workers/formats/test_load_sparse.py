@@ -205,6 +205,7 @@ def test_a_damaged_archive_is_refused_by_name(
     damage(copy)
     with pytest.raises(ValueError, match=message):
         load_sparse.write_dense(copy, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["roots"]
     with pytest.raises(ValueError, match=message):
         load_sparse.load_model(copy)
     with pytest.raises(UserError) as caught:
