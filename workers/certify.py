@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,8 @@ from workers.evaluation.quality import measure, windows_of
 from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_runs, measure_speed
 from workers.fingerprint import fingerprint
-from workers.formats.opening import Opened, load_snippet, open_checkpoint
+from workers.formats import load_sparse
+from workers.formats.opening import Opened, open_archive, open_checkpoint
 from workers.formats.parts import write_json
 from workers.model_card import model_card
 from workers.recipe import Recipe
@@ -58,7 +60,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     check_unchanged(work / "source")
     check_runs(original.model, original.tokenizer, recipe.evaluation.prompt)
     progress("certify.open", 0.05)
-    artifact = open_checkpoint(work / "artifact", device)
+    artifact = (open_archive if recipe.stores_bitmasks else open_checkpoint)(work / "artifact", device)
     _check_logits(artifact.model, work / "probe.safetensors")
     _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
     size = _check_size(work / "artifact", source, recipe)
@@ -75,6 +77,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     report = report_of(
         request,
         source["revision"],
+        recipe.output.format or "safetensors",
         {
             "size": size,
             "quality": quality,
@@ -82,7 +85,6 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "generation": {"prompt": recipe.evaluation.prompt, **texts},
             "stages": stages,
             "constraints": check_constraints(request.get("constraints", {}), quality, size),
-            "load_snippet": load_snippet(recipe.output),
             "environment": fingerprint(work / "source" / "data.json"),
             "timings": {
                 "compress_seconds": compressed["seconds"],
@@ -135,6 +137,14 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
     has_few_values = recipe.quantization is not None and not recipe.stores_codes and recipe.cast is None
     is_proven = has_few_values or any(isinstance(stage, PruningOptions) for stage in recipe.stages)
+    if artifact_bytes >= original_bytes and recipe.stores_bitmasks:
+        raise UserError(
+            "not_smaller",
+            f"As bitmasks and values the result has {artifact_bytes:,} bytes and the original's parameters have "
+            f"{original_bytes:,}.",
+            param="recipe.output.format",
+            hint="Ask for more sparsity; or set recipe.output.format to safetensors, which stores the zeros too.",
+        )
     if artifact_bytes >= original_bytes and not is_proven:
         raise UserError(
             "not_smaller",
@@ -146,11 +156,17 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     return {
         "original_bytes": original_bytes,
         "artifact_bytes": artifact_bytes,
+        "dense_bytes": _dense_bytes(folder) if recipe.stores_bitmasks else None,
         "compression_ratio": original_bytes / artifact_bytes,
         "original_parameters": source["num_parameters"],
         "original_file_bytes": source["source_file_bytes"],
         "original_format": source["source_format"],
     }
+
+
+def _dense_bytes(folder: Path) -> int:
+    """Bytes of the tensors that a sparse-bitmask artifact stands for."""
+    return sum(tensor.num_bytes for tensor in load_sparse.read_tensors(folder))
 
 
 def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
@@ -181,21 +197,25 @@ def _prove_stages(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> l
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
     for stage, report in zip(recipe.stages, stages, strict=True):
         if isinstance(stage, PruningOptions):
-            report["metrics"] |= _prove_zeros(model, stage, list(report["layers"]))
+            report["metrics"] |= _prove_zeros(model, stage, report["layers"])
         elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
             sizes = {name: layer["group_size"] for name, layer in report["layers"].items()}
             report["metrics"] |= _prove_grid(model, stage, sizes)
     return stages
 
 
-def _prove_zeros(model: Any, stage: PruningOptions, layers: list[str]) -> dict[str, Any]:
+def _prove_zeros(model: Any, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Each layer has the zeros that it was to get, and all together what the recipe asks for."""
     assert stage.sparsity is not None
-    found = measure_sparsity(model, layers, stage.sparsity, stage.pattern)
+    found = measure_sparsity(model, {name: layer["sparsity"] for name, layer in layers.items()}, stage.pattern)
     if found.layers_below:
         raise CrashError(
             "zeros_missing",
             f"{len(found.layers_below)} layers have fewer zeros than asked for, the first {found.layers_below[0]}.",
         )
+    # Where all layers have one sparsity, each is rounded by itself.
+    if stage.pattern is None and found.num_zeros < math.floor(stage.sparsity * found.num_weights) - len(layers):
+        raise CrashError("zeros_missing", f"Of all weights {found.fraction:.4f} are zero, not {stage.sparsity}.")
     return {"sparsity": found.fraction, "num_zeros": found.num_zeros}
 
 

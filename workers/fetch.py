@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.errors import InfrastructureError, UserError
+from workers.formats import load_sparse
 from workers.recipe import Recipe
 from workers.sources.checkpoint import read_checkpoint, read_json, without_code
 from workers.sources.checkpoint_folder import CheckpointFolder, open_folder, open_model, symlink_refused
@@ -87,7 +88,8 @@ def _fetch_model(
 def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> tuple[ModelFacts, FileStates]:
     """Check a folder of safetensors and give links to its files: a copy would cost minutes and as much disk."""
     before = {name: file_state(folder.path / name) for name in folder.files}
-    facts = facts_of_checkpoint(model_id, None, read_checkpoint(folder))
+    checkpoint = read_checkpoint(folder)
+    facts = facts_of_checkpoint(model_id, None, checkpoint)
     names = [name for name, _ in facts.files]
     for name in names:
         target = folder.path / name
@@ -102,6 +104,9 @@ def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> tuple[M
         (destination / name).symlink_to(target)
     _clean_settings(folder, destination)
     _check_tokenizer(folder)
+    if checkpoint.is_sparse:
+        _expand(destination)
+        check_same({name: before[name] for name in names}, {name: file_state(folder.path / name) for name in names})
     linked = {name: before[name] for name in names if (destination / name).is_symlink()}
     return replace(facts, revision=_content_digest(folder, names)), linked
 
@@ -134,10 +139,31 @@ def _fetch_from_hub(name: str, model_id: str, revision: str | None, destination:
     _check_space(destination, sum(size for _, size in announced.files))
     snapshot.download([name for name, _ in announced.files], destination)
     with open_folder(destination) as folder:
-        facts = facts_of_checkpoint(model_id, snapshot.commit, read_checkpoint(folder))
+        checkpoint = read_checkpoint(folder)
+        facts = facts_of_checkpoint(model_id, snapshot.commit, checkpoint)
         _clean_settings(folder, destination)
         _check_tokenizer(folder)
+    if checkpoint.is_sparse:
+        _expand(destination)
     return facts
+
+
+def _expand(folder: Path) -> None:
+    """Put the dense weights in the place of a sparse-bitmask archive, a tensor at a time."""
+    try:
+        tensors = load_sparse.read_tensors(folder)
+        _check_space(folder, sum(tensor.num_bytes for tensor in tensors))
+        load_sparse.write_dense_weights(tensors, folder)
+    except ValueError as error:
+        raise UserError(
+            "invalid_safetensors",
+            f"The sparse archive is not sound: {error}.",
+            param="model.id",
+            hint="The file is damaged or was not fully copied; fetch the artifact again, or run its job again.",
+        ) from error
+    for path in {part.path for tensor in tensors for part in tensor.stored}:
+        path.unlink()
+    (folder / load_sparse.WEIGHTS_INDEX).unlink(missing_ok=True)
 
 
 def _clean_settings(folder: CheckpointFolder, destination: Path) -> None:

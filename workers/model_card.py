@@ -58,6 +58,8 @@ Layers that got something else than what was asked for: {fallbacks}; `report.jso
 def _change(size: dict[str, Any]) -> str:
     ratio = size["compression_ratio"]
     change = f"{ratio:.2f} times smaller" if ratio >= 1.005 else "no smaller on disk: its weights are stored in full"
+    if size["dense_bytes"] is not None:
+        change += f"; {size['dense_bytes']:,} bytes where `load_sparse.py` has written its dense form"
     if size["original_format"] == "gguf":
         change += (
             f" than the 16-bit parameters that the GGUF file stands for; the file itself has "

@@ -23,7 +23,7 @@ from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
 from workers.engine.text import calibration_samples, read_documents, tokenize
 from workers.errors import UserError
-from workers.formats import bitsandbytes, compressed_tensors
+from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
 from workers.formats.parts import Parts, write_json
 from workers.recipe import Recipe
 from workers.sources.tokenizer_file import tokenizer_failures
@@ -136,7 +136,11 @@ def _export(
     checkpoint = skeleton.checkpoint
     _check_changed(recipe, streamed)
     folder.mkdir()
-    parts.assemble(folder)
+    if recipe.stores_bitmasks:
+        parts.assemble(folder, sparse_bitmask.STEM)
+        sparse_bitmask.write_loader(folder)
+    else:
+        parts.assemble(folder)
     config = {key: value for key, value in checkpoint.config.items() if key not in {"quantization_config", "auto_map"}}
     if recipe.cast is not None:
         config.pop("torch_dtype", None)

@@ -9,12 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
-from workers.techniques import TECHNIQUES, QuantizationOptions, Stage
+from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
 from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, Statistic
 
 RECIPE_VERSION: Literal[1] = 1
 
-Format = Literal["compressed-tensors", "bitsandbytes", "safetensors"]
+Format = Literal["compressed-tensors", "bitsandbytes", "safetensors", "sparse-bitmask"]
 Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
 _DATASET = re.compile(r"(builtin|hub|file):[^\x00-\x1f\x7f]{1,500}")
@@ -98,7 +98,13 @@ class Evaluation(_Part):
 class Output(_Part):
     """The form of the artifact. A null format is chosen by the stages."""
 
-    format: Format | None = None
+    format: Annotated[
+        Format | None,
+        Field(
+            description="compressed-tensors: codes of quantized layers; safetensors: every value; sparse-bitmask, if "
+            "all stages prune: a bit for each weight and the values that are left, opened by the artifact's own loader."
+        ),
+    ] = None
     packing: Annotated[
         Packing | None,
         Field(
@@ -147,12 +153,23 @@ class Recipe(_Part):
     @property
     def statistics(self) -> frozenset[Statistic]:
         """What the stages need from calibration."""
-        return frozenset().union(*(stage.statistics for stage in self.stages))
+        allocating: frozenset[Statistic] = frozenset({"input_norms"} if self.allocates else ())
+        return allocating.union(*(stage.statistics for stage in self.stages))
+
+    @property
+    def allocates(self) -> bool:
+        """Whether a stage gives layers sparsities of their own."""
+        return any(isinstance(stage, PruningOptions) and stage.allocation == "error" for stage in self.stages)
 
     @property
     def stores_codes(self) -> bool:
         """Whether quantized layers are stored as codes, and not as the values that those stand for."""
-        return self.output.format != "safetensors"
+        return self.output.format in ("compressed-tensors", "bitsandbytes")
+
+    @property
+    def stores_bitmasks(self) -> bool:
+        """Whether pruned weights are stored as a bitmask and the values that are left."""
+        return self.output.format == "sparse-bitmask"
 
     @property
     def cast(self) -> str | None:
@@ -220,11 +237,18 @@ def check_stages(recipe: Recipe) -> None:
             "nothing can follow quantization; move this stage before it",
         )
     output, quantization = recipe.output, recipe.quantization
-    if output.format != "safetensors" and quantization is None:
+    if output.format in ("compressed-tensors", "bitsandbytes") and quantization is None:
         raise RecipeError(
             "output_format_impossible",
             "output.format",
             f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
+        )
+    if output.format == "sparse-bitmask" and quantization is not None:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"sparse-bitmask stores values that pruning left, and stages[{quantizing[0]}] quantizes them; "
+            "use compressed-tensors",
         )
     if output.format != "compressed-tensors" and output.packing is not None:
         raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from workers.evaluation.speed import Speed
-from workers.formats.opening import Opened
+from workers.formats.opening import Opened, load_snippet
+from workers.recipe import Format
 
 REPORT_VERSION = 1
 
@@ -42,13 +43,16 @@ def check_constraints(
     return checked
 
 
-def report_of(request: Mapping[str, Any], revision: str, measured: Mapping[str, Any]) -> dict[str, Any]:
+def report_of(
+    request: Mapping[str, Any], revision: str, output_format: Format, measured: Mapping[str, Any]
+) -> dict[str, Any]:
     """``report.json``: whose it is, the parts in ``measured``, and how to load what it is about."""
     return {
         "version": REPORT_VERSION,
         "job_id": request["job_id"],
         "model": {"id": request["model"]["id"], "revision": revision},
         **measured,
+        "load_snippet": load_snippet(output_format),
     }
 
 

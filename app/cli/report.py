@@ -50,9 +50,11 @@ def _add_size(table: Table, sizes: Mapping[str, Any]) -> None:
     if ratio is not None:
         change = f"{number(ratio, 2)} times smaller" if ratio >= 1.005 else "no smaller"
     table.add_row("bytes", size(sizes.get("original_bytes")), size(sizes.get("artifact_bytes")), change)
+    if sizes.get("dense_bytes") is not None:
+        table.add_row("bytes of its dense form", "", size(sizes["dense_bytes"]), "")
     # A GGUF file is smaller than the parameters that it stands for; a safetensors file differs by its header alone.
     file_bytes, format_name = sizes.get("original_file_bytes"), sizes.get("original_format")
-    if file_bytes is not None and format_name != "safetensors":
+    if file_bytes is not None and format_name == "gguf":
         table.add_row("bytes of the source's files", size(file_bytes), "", "")
     if sizes.get("original_parameters") is not None:
         table.add_row("parameters", number(sizes["original_parameters"], 0), "", "")

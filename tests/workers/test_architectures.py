@@ -88,6 +88,17 @@ def test_a_result_gives_the_logits_that_were_computed(
     assert attempt.report["quality"]["perplexity"] > 1
 
 
+@pytest.mark.parametrize(
+    "variant", [pytest.param(name, marks=[pytest.mark.long] if name in LIKE_OTHERS else []) for name in VARIANTS]
+)
+def test_the_loader_of_an_archive_opens_it(variant: str, tmp_path: Path) -> None:
+    model_type, config = VARIANTS[variant]
+    write_tiny_model(tmp_path / "model", model_type, **config)
+    recipe = {"stages": [{"technique": "magnitude", "sparsity": 0.5}], "output": {"format": "sparse-bitmask"}}
+    attempt = certified(tmp_path / "work", tmp_path / "model", recipe)
+    assert attempt.report["size"]["compression_ratio"] > 1
+
+
 def test_a_checkpoint_of_the_bare_body_with_its_old_buffers_is_read(tmp_path: Path) -> None:
     """As the first GPT-2 is stored: names without their prefix, and masks beside the weights."""
     write_tiny_model(tmp_path / "model", "gpt2")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,16 @@ class Journal:
     def num_blocks(self) -> int:
         """How many blocks are finished."""
         return len(self.entries)
+
+    def once(self, name: str, compute: Callable[[], Any]) -> Any:
+        """What ``compute`` gave, in JSON, when the job first asked for ``name``: later blocks rest on it as well."""
+        path = self.folder / f"{name}.json"
+        try:
+            return json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            value = compute()
+            self._write(path, value)
+            return value
 
     def finish_block(self, index: int, entry: Mapping[str, Any], shapes: Sequence[torch.Size]) -> None:
         """Say that block ``index`` is done: its part is written, and :meth:`keep` has what the next block reads.

@@ -18,8 +18,9 @@ from workers.engine.rescaling import take_over
 from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
+from workers.engine.survey import allocate_sparsities
 from workers.errors import UserError
-from workers.formats import codes, compressed_tensors
+from workers.formats import codes, compressed_tensors, sparse_bitmask
 from workers.recipe import Recipe
 from workers.solvers.quantization import Grid
 from workers.techniques import StageOptions
@@ -40,6 +41,7 @@ class Stream:
         self.progress = progress
         self._outer = Outer(skeleton, recipe, journal.parts)
         self.result = Streamed(self._outer.result)
+        self._sparsities: list[dict[str, float]] = [{} for _ in recipe.stages]  # of layers that have their own
         self._gates: dict[str, Gate] = {}
         self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
 
@@ -60,6 +62,13 @@ class Stream:
         probe_pass = ForwardPass(skeleton.model, probe.unsqueeze(0).to(skeleton.device))
         passes = [] if calibration is None else self._passes(calibration)
         everyone = [*passes, probe_pass]
+        if self.recipe.allocates:
+            assert calibration is not None
+            with self._timed("allocate"):
+                self._sparsities = self.journal.once(
+                    "sparsities",
+                    lambda: allocate_sparsities(skeleton, self.recipe.stages, calibration, self.progress),
+                )
         with self._timed("write"):
             self._outer.write()
         with self._timed("forward"):
@@ -115,6 +124,8 @@ class Stream:
         """Load a finished block with the weights that the artifact will compute with."""
         self.skeleton.load(block)
         grids, stored = self.result.blocks[index].grids, self.journal.parts.read(part_name(index))
+        if self.recipe.stores_bitmasks:
+            stored = sparse_bitmask.decode(stored)
         for layer, (grid, in_features) in grids.items():
             encoded = {
                 name.removeprefix(layer + "."): stored.pop(name)
@@ -202,12 +213,17 @@ class Stream:
             if len(taken) == len(layers):
                 self._rescale(stage, block, group, layers, done)
             for layer in taken:
-                metrics = stage.compress(layer)
+                metrics = self._stage_for(layer.name, index).compress(layer)
                 if layer.quantized is not None:
                     metrics["group_size"] = layer.quantized.grid.group_size
                 self.result.blocks[-1].metrics[index][layer.name] = metrics
                 self.result.blocks[-1].fallbacks[index] += layer.fallbacks
                 layer.fallbacks.clear()
+
+    def _stage_for(self, layer: str, index: int) -> StageOptions:
+        """A stage with the sparsity that it has for this layer."""
+        stage, sparsity = self.recipe.stages[index], self._sparsities[index].get(layer)
+        return stage if sparsity is None else stage.model_copy(update={"sparsity": sparsity})
 
     def _rescale(
         self, stage: StageOptions, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]
@@ -236,10 +252,11 @@ class Stream:
 
     def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
         """Everything that the artifact stores of a block."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for layer in layers:
             if layer.quantized is None or not self.recipe.stores_codes:
-                tensors[f"{layer.name}.weight"] = self.skeleton.as_module_has_it(layer.stored_weight())
+                name, weight = f"{layer.name}.weight", self.skeleton.as_module_has_it(layer.stored_weight())
+                tensors |= sparse_bitmask.encode(name, weight) if self.recipe.stores_bitmasks else {name: weight}
                 continue
             self.result.blocks[-1].grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
             for name, tensor in codes.encode(layer.quantized, layer.stored_dtype, self.recipe.output).items():

@@ -32,14 +32,14 @@ class Sparsity:
         return self.num_zeros / self.num_weights if self.num_weights else 0.0
 
 
-def measure_sparsity(model: Any, layers: list[str], sparsity: float, pattern: tuple[int, int] | None) -> Sparsity:
-    """Count zeros in the named layers of an opened model and hold them against what was asked for.
+def measure_sparsity(model: Any, sparsities: Mapping[str, float], pattern: tuple[int, int] | None) -> Sparsity:
+    """Count zeros in the named layers of an opened model and hold them against the sparsity that each was to get.
 
     With ``pattern`` (N, M) every M consecutive columns must have at most N that are not zero.
     """
     num_weights = num_zeros = 0
     below = []
-    for name in layers:
+    for name, sparsity in sparsities.items():
         weight = _weight(model, name)
         zero = weight == 0
         num_weights += zero.numel()

@@ -46,8 +46,8 @@ class Parts:
         temporary.rename(self.path(name))
         flush(self.folder)
 
-    def assemble(self, destination: Path) -> None:
-        """Write all parts as ``model.safetensors``, or as shards with their index where that would be too large."""
+    def assemble(self, destination: Path, stem: str = "model") -> None:
+        """Write all parts as ``{stem}.safetensors``, or as shards with their index where that would be too large."""
         tensors = [entry for path in sorted(self.folder.glob("*.safetensors")) for entry in _entries(path)]
         # Wider types first, so that every tensor begins at a multiple of its width.
         tensors.sort(key=lambda entry: (-_BYTES_OF.get(entry.dtype, 1), entry.name))
@@ -60,18 +60,18 @@ class Parts:
             shards[-1].append(entry)
             filled += entry.size_bytes
         if len(shards) == 1:
-            _write_shard(destination / "model.safetensors", shards[0])
+            _write_shard(destination / f"{stem}.safetensors", shards[0])
             return
         weight_map: dict[str, str] = {}
         for number, shard in enumerate(shards, start=1):
-            file_name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+            file_name = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
             _write_shard(destination / file_name, shard)
             weight_map |= {entry.name: file_name for entry in shard}
         index = {
             "metadata": {"total_size": sum(entry.size_bytes for entry in tensors)},
             "weight_map": dict(sorted(weight_map.items())),
         }
-        write_json(destination / "model.safetensors.index.json", index)
+        write_json(destination / f"{stem}.safetensors.index.json", index)
 
 
 def write_json(path: Path, value: object) -> None:

@@ -7,9 +7,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from workers.errors import UserError
+from workers.formats import load_sparse
 from workers.sources.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_header
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -20,6 +22,8 @@ _MAX_DEPTH = 64
 CONFIG = "config.json"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+# What loaders look for, in this order; a sparse-bitmask archive is taken for the dense weights that it stands for.
+_WEIGHTS = ((SINGLE_WEIGHTS, WEIGHTS_INDEX), (load_sparse.WEIGHTS, load_sparse.WEIGHTS_INDEX))
 
 # Any one of these sets is a tokenizer.
 TOKENIZERS = (
@@ -86,12 +90,16 @@ class ArtifactFacts:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checked safetensors checkpoint: parsed config, tensors by name, and the files that make it up."""
+    """A checked safetensors checkpoint: parsed config, tensors by name, and the files that make it up.
+
+    Of a sparse-bitmask archive the tensors are the weights that it stands for, with the bytes that it stores them in.
+    """
 
     config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     shards: tuple[str, ...]
     files: tuple[tuple[str, int], ...]
+    is_sparse: bool
 
 
 def read_checkpoint(source: FileSource, *, num_threads: int = 1) -> Checkpoint:
@@ -102,10 +110,12 @@ def read_checkpoint(source: FileSource, *, num_threads: int = 1) -> Checkpoint:
     """
     config = read_config(source)
     check_tokenizer(source.files)
-    shards, weight_map = _find_shards(source)
+    shards, index, weight_map = _find_shards(source)
     tensors = _read_headers(source, shards, weight_map, num_threads)
-    names = sorted({*(COMPANIONS & source.files.keys()), *shards, *([WEIGHTS_INDEX] if weight_map else [])})
-    return Checkpoint(config, tensors, shards, tuple((name, source.files[name]) for name in names))
+    is_sparse = (index or shards[0]) in _WEIGHTS[1]
+    names = sorted({*(COMPANIONS & source.files.keys()), *shards, *([] if index is None else [index])})
+    files = tuple((name, source.files[name]) for name in names)
+    return Checkpoint(config, _as_dense(tensors) if is_sparse else tensors, shards, files, is_sparse)
 
 
 def read_config(source: FileSource) -> dict[str, Any]:
@@ -178,12 +188,14 @@ def check_tokenizer(names: Iterable[str]) -> None:
         )
 
 
-def _find_shards(source: FileSource) -> tuple[tuple[str, ...], dict[str, str]]:
-    """The weight files, in the order of preference that loaders have, and the index if it decides."""
-    if SINGLE_WEIGHTS in source.files:
-        return (SINGLE_WEIGHTS,), {}
-    if WEIGHTS_INDEX in source.files:
-        weight_map = read_json(source, WEIGHTS_INDEX).get("weight_map")
+def _find_shards(source: FileSource) -> tuple[tuple[str, ...], str | None, dict[str, str]]:
+    """The weight files, in the order of preference that loaders have, and the index if it decides: name, content."""
+    for single, index in _WEIGHTS:
+        if single in source.files:
+            return (single,), None, {}
+        if index not in source.files:
+            continue
+        weight_map = read_json(source, index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise _unsound("The index of the weights has no weight_map.")
         # The value comes from the file: a name such as ../other.safetensors must not reach any open().
@@ -197,9 +209,9 @@ def _find_shards(source: FileSource) -> tuple[tuple[str, ...], dict[str, str]]:
             raise _refusal(
                 "weights_missing",
                 f"{len(missing)} of {len(shards)} weight files are missing, among them {missing[0]}.",
-                "Copy every file that model.safetensors.index.json names.",
+                f"Copy every file that {index} names.",
             )
-        return shards, weight_map
+        return shards, index, weight_map
     if any(name.endswith(_PICKLES) for name in source.files):
         raise _refusal(
             "pickle_only_model",
@@ -242,6 +254,21 @@ def _read_headers(
     if not tensors:
         raise _refusal("weights_missing", "The weight files hold no tensor.", "Write the model's weights again.")
     return tensors
+
+
+def _as_dense(tensors: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The weights that the tensors of a sparse-bitmask archive stand for, with the bytes that they are stored in."""
+    stored = {
+        name: load_sparse.StoredTensor(Path(), tensor.dtype, tensor.shape, 0, tensor.num_bytes)
+        for name, tensor in tensors.items()
+    }
+    try:
+        dense = load_sparse.pair(stored)
+    except ValueError as error:
+        raise _unsound(f"The sparse archive is not sound: {error}.") from None
+    return {
+        each.name: TensorInfo(each.dtype, each.shape, sum(part.num_bytes for part in each.stored)) for each in dense
+    }
 
 
 def _unsound(message: str) -> UserError:

@@ -11,7 +11,7 @@ from workers.architectures import ARCHITECTURES, Architecture, may_be_causal
 from workers.errors import UserError
 from workers.sources.safetensors_header import TensorInfo
 
-SourceFormat = Literal["safetensors", "gguf"]
+SourceFormat = Literal["safetensors", "sparse-bitmask", "gguf"]
 
 # compressed-tensors stores these beside a layer's codes; they are no parameters of the model.
 _BOOKKEEPING = (".weight_scale", ".weight_zero_point", ".weight_shape", ".weight_g_idx", ".weight_global_scale")

@@ -63,7 +63,7 @@ def facts_of_checkpoint(model_id: str, revision: str | None, checkpoint: Checkpo
         model_id=model_id,
         revision=revision,
         config=config,
-        source_format="safetensors",
+        source_format="sparse-bitmask" if checkpoint.is_sparse else "safetensors",
         files=checkpoint.files,
         parameter_bytes=sum(tensor.num_bytes for tensor in tensors.values()),
         num_parameters=facts_of.count_parameters(config, tensors),

@@ -22,4 +22,5 @@ class Magnitude(PruningOptions):
         from workers.solvers.pruning import magnitude_mask
 
         assert self.sparsity is not None
-        return {"num_pruned": layer.prune(magnitude_mask(layer.weight, self.sparsity, self.pattern))}
+        mask = magnitude_mask(layer.weight, self.sparsity, self.pattern)
+        return {"num_pruned": layer.prune(mask), "sparsity": self.sparsity}

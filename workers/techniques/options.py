@@ -20,6 +20,7 @@ WeightScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8
 # One flat list each, not unions: then an error names every value that there is.
 IntegerScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8"]
 Scheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8", "FP8", "NF4", "FP16", "BF16"]
+Allocation = Literal["uniform", "error"]
 Statistic = Literal["hessian", "input_norms", "input_absmax"]
 # Block sizes that bitsandbytes knows, but for 2048 and 4096: CPUs with AVX-512 compile for a minute before those.
 NORMAL_FLOAT_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
@@ -220,6 +221,15 @@ class PruningOptions(StageOptions):
         ),
     ] = "unstructured"
 
+    allocation: Annotated[
+        Allocation,
+        Field(
+            description="`uniform`: every layer has the same sparsity. `error`: layers that lose more get less, and "
+            "others more, at the same number of zeros in all. What a layer loses is measured beforehand, in a pass of "
+            "the uncompressed model over a part of the calibration text."
+        ),
+    ] = "uniform"
+
     @field_validator("mask_structure")
     @classmethod
     def _known_structure(cls, value: str) -> str:
@@ -245,6 +255,15 @@ class PruningOptions(StageOptions):
                 raise ValueError(
                     f"sparsity must be {1 - n / m:g} with mask_structure {self.mask_structure}; leave it out"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _mask_leaves_a_choice(self) -> Self:
+        if self.pattern is not None and self.allocation != "uniform":
+            raise ValueError(
+                f"allocation must be uniform with mask_structure {self.mask_structure}, which gives all layers one "
+                "sparsity"
+            )
         return self
 
     @property

@@ -33,4 +33,5 @@ class SparseGPT(PruningOptions):
         weight, mask, outcome = sparsegpt(
             layer.weight, statistics.hessian, factor, self.sparsity, self.pattern, zeros=layer.zeros
         )
-        return {"num_pruned": layer.replace_pruned(weight, mask), **outcome.to_metrics()}
+        num_pruned = layer.replace_pruned(weight, mask)
+        return {"num_pruned": num_pruned, "sparsity": self.sparsity, **outcome.to_metrics()}

@@ -99,7 +99,12 @@ def test_numbers() -> None:
 
 REPORT: dict[str, Any] = {
     "model": {"id": "file:tiny", "revision": "0123456789abcdef"},
-    "size": {"original_bytes": 269_030_000, "artifact_bytes": 110_000_000, "compression_ratio": 2.4457},
+    "size": {
+        "original_bytes": 269_030_000,
+        "artifact_bytes": 110_000_000,
+        "compression_ratio": 2.4457,
+        "dense_bytes": 2.7e8,
+    },
     "quality": {
         "num_tokens": 16384,
         "original_perplexity": 21.5,
@@ -125,6 +130,7 @@ def test_a_report_shows_before_and_after_with_errors() -> None:
     text = " ".join(output.getvalue().split())
     for expected in (
         "269.0 MB 110.0 MB 2.45 times smaller",
+        "bytes of its dense form 270.0 MB",
         "perplexity (16,384 tokens) 21.50 ± 0.40 24.25 ± 0.50 × 1.128",
         "0.1234 ± 0.0020",
         "87.1 %",

@@ -59,6 +59,8 @@ PRUNING = {"technique": "magnitude"}
         ([{**PRUNING, "sparsity": -0.1}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "mask_structure": "4:2"}], "invalid_value", "recipe.stages[0].mask_structure"),
         ([{**PRUNING, "mask_structure": "2:4", "sparsity": 0.9}], "invalid_value", "recipe.stages[0]"),
+        ([{**PRUNING, "mask_structure": "2:4", "allocation": "error"}], "invalid_value", "recipe.stages[0]"),
+        ([{**PRUNING, "allocation": "owl"}], "invalid_value", "recipe.stages[0].allocation"),
         ([{**GPTQ, "scheme": "W9A16"}], "invalid_value", "recipe.stages[0].scheme"),
         ([{**GPTQ, "scheme": "NF4"}], "invalid_value", "recipe.stages[0].scheme"),
         ([{**NF4, "group_size": None}], "invalid_value", "recipe.stages[0]"),
@@ -114,6 +116,7 @@ def test_a_width_that_no_layout_packs_is_refused_in_a_packed_format(refused: Ref
     [
         ("output", {"format": "gguf"}, "invalid_value", "recipe.output.format"),
         ("output", {"packing": "int-quantized"}, "output_format_impossible", "recipe.output.packing"),
+        ("output", {"format": "sparse-bitmask"}, "output_format_impossible", "recipe.output.format"),
         ("calibration", {"dataset": {"texts": []}}, "invalid_value", "recipe.calibration.dataset.texts"),
         ("calibration", {"dataset": {"texts": [" \n"]}}, "empty_dataset", "recipe.calibration.dataset"),
         ("calibration", {"dataset": {"texts": ["a", 1]}}, "invalid_type", "recipe.calibration.dataset.texts[1]"),
@@ -252,7 +255,7 @@ def test_many_faults_and_long_keys_are_refused_in_no_time(refused: Refused) -> N
         ({"extra": 1}, "constraints, metadata, model, priority, queue, recipe, timeout_seconds"),
         ({"constraints": {"max_size": 1}}, "max_perplexity_ratio, max_size_bytes, min_accuracy"),
         ({"recipe": {"stages": [GPTQ], "evaluation": {"tokens": 1}}}, "allow_overlap, dataset, max_seq_length"),
-        ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "ignore, mask_structure, sparsity, technique"),
+        ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "allocation, ignore, mask_structure, sparsity"),
         ({"recipe": {"stages": [GPTQ], "calibration": {"dataset": {"texts": ["a"], "x": 1}}}}, "labels, texts"),
     ],
 )

@@ -11,6 +11,7 @@ from app.artifacts import service as artifacts
 from app.database import Database
 from app.settings import Settings
 from app.storage import open_storage
+from tests.workers.attempts import compressed
 
 
 def submit(client: TestClient, auth: dict[str, str], model_id: str) -> tuple[int, dict[str, Any]]:
@@ -18,7 +19,7 @@ def submit(client: TestClient, auth: dict[str, str], model_id: str) -> tuple[int
     return answer.status_code, answer.json()
 
 
-@pytest.fixture
+@pytest.fixture(params=["dense", "archive"])
 def result(
     client: TestClient,
     auth: dict[str, str],
@@ -27,10 +28,15 @@ def result(
     database: Database,
     tiny_llama: Path,
     tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> str:
-    """The id of a job with an artifact that can be opened."""
+    """The id of a job with an artifact that can be opened: a plain one, or one of bitmasks."""
     job_id = str(submit(client, auth, model_id)[1]["id"])
-    shutil.copytree(tiny_llama, tmp_path / "artifact")
+    recipe = {"stages": [{"technique": "magnitude"}], "output": {"format": "sparse-bitmask"}}
+    if request.param == "archive":
+        compressed(tmp_path / "work", tiny_llama, recipe).artifact.rename(tmp_path / "artifact")
+    else:
+        shutil.copytree(tiny_llama, tmp_path / "artifact")
     published = artifacts.publish(open_storage(settings), tmp_path / "artifact", job_id=job_id, fence=1)
     with database.transaction() as session:
         artifacts.record(session, published, job_id=job_id, fence=1)

@@ -121,6 +121,33 @@ def test_norms_scales_and_quantized_inputs_come_back_too(stage: dict[str, Any], 
     assert digests(attempt) == digests(undisturbed)
 
 
+@pytest.mark.parametrize("num_blocks", [0, 2])
+def test_layers_keep_the_sparsities_that_they_were_given_first(num_blocks: int, model: Path, tmp_path: Path) -> None:
+    recipe = {"stages": [{"technique": "sparsegpt", "sparsity": 0.5, "allocation": "error"}]}
+    undisturbed = compressed(tmp_path / "undisturbed", model, recipe)
+    attempt = fetched(tmp_path / "work", model, recipe)
+    stopped_after(attempt, num_blocks)
+    assert solved_blocks(attempt) == list(range(num_blocks, NUM_BLOCKS))
+    surveyed = any("allocate" in str(event.get("step")) for event in attempt.events)
+    assert surveyed == (num_blocks == 0)
+    assert digests(attempt) == digests(undisturbed)
+    again = fetched(tmp_path / "again", model, recipe)
+    stopped_after(again, 2)
+    (again.work / "journal" / "sparsities.json").write_text("{")
+    assert solved_blocks(again) == [2, 3]
+    assert digests(again) == digests(undisturbed)
+
+
+def test_weights_that_are_stored_as_bitmasks_come_back_too(model: Path, tmp_path: Path) -> None:
+    recipe = {"stages": [{"technique": "wanda", "sparsity": 0.5}], "output": {"format": "sparse-bitmask"}}
+    undisturbed = compressed(tmp_path / "undisturbed", model, recipe)
+    attempt = fetched(tmp_path / "work", model, recipe)
+    stopped_after(attempt, 2)
+    shutil.rmtree(attempt.work / "journal" / "activations")
+    assert solved_blocks(attempt) == [2, 3]
+    assert digests(attempt) == digests(undisturbed)
+
+
 @pytest.mark.parametrize(
     "lose",
     [

@@ -20,15 +20,18 @@ def model_of(**weights: Tensor) -> nn.Module:
 def test_zeros_are_counted_and_layers_with_too_few_are_named() -> None:
     half = torch.tensor([[0.0, 1.0, 0.0, 2.0], [3.0, 0.0, 0.0, 4.0]])
     few = torch.tensor([[0.0, 1.0, 5.0, 2.0]])
-    found = measure_sparsity(model_of(sparse=half, few=few), ["sparse", "few"], 0.5, None)
+    found = measure_sparsity(model_of(sparse=half, few=few), {"sparse": 0.5, "few": 0.5}, None)
     assert (found.num_weights, found.num_zeros, found.layers_below) == (12, 5, ("few",))
     assert found.fraction == 5 / 12
+    model = model_of(sparse=half, few=few)
+    assert measure_sparsity(model, {"sparse": 0.5, "few": 0.25}, None).layers_below == ()
+    assert measure_sparsity(model, {"sparse": 0.75, "few": 0.25}, None).layers_below == ("sparse",)
 
 
 def test_n_of_m_is_held_in_every_group_of_columns() -> None:
     clustered = torch.tensor([[0.0, 0.0, 0.0, 1.0, 2.0, 3.0, 4.0, 0.0]])
     spread = torch.tensor([[0.0, 0.0, 2.0, 1.0, 2.0, 3.0, 0.0, 0.0]])
-    found = measure_sparsity(model_of(clustered=clustered, spread=spread), ["clustered", "spread"], 0.5, (2, 4))
+    found = measure_sparsity(model_of(clustered=clustered, spread=spread), {"clustered": 0.5, "spread": 0.5}, (2, 4))
     assert found.layers_below == ("clustered",)
 
 

@@ -71,6 +71,29 @@ def test_only_files_that_a_loader_needs_are_asked_for(hub: Hub, tmp_path: Path) 
     assert {path.name for path in (tmp_path / "work/source/model").iterdir()} == wanted
 
 
+def test_an_archive_of_bitmasks_becomes_the_weights_that_it_stands_for(hub: Hub, tmp_path: Path) -> None:
+    repository = hub.repositories["models/org/archive"] = Repository(write_llama(tmp_path / "archive"), commit="a" * 40)
+    single = repository.folder / "model.safetensors"
+    tensors = load_file(single)
+    name = "model.layers.1.mlp.up_proj.weight"
+    tensors[name][tensors[name] < 0] = 0
+    bits = np.packbits(tensors[name] != 0, axis=1, bitorder="little")
+    stored = {**tensors, f"{name}_bitmask": bits, f"{name}_values": tensors[name][tensors[name] != 0]}
+    del stored[name]
+    single.unlink()
+    save_file(stored, repository.folder / "sparse.safetensors")
+    facts = inspect("org/archive")
+    assert facts.source_format == "sparse-bitmask"
+    assert facts.num_parameters == sum(tensor.size for tensor in tensors.values())
+    assert facts.parameter_bytes == sum(tensor.nbytes for tensor in stored.values())
+    fetch_model(tmp_path, "org/archive")
+    fetched = tmp_path / "work/source/model"
+    assert [path.name for path in fetched.glob("*safetensors*")] == ["model.safetensors"]
+    found = load_file(fetched / "model.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(np.array_equal(found[key], tensors[key]) for key in tensors)
+
+
 def fetch_model(tmp_path: Path, model_id: str = "org/tiny") -> dict[str, object]:
     work = tmp_path / "work"
     (work / "source").mkdir(parents=True, exist_ok=True)
