@@ -102,7 +102,7 @@ def test_while_it_compresses(model: Path, tmp_path: Path) -> None:
     assert {outcome["code"] for outcome in outcomes[:-1]} == {"disk_full"}
     assert outcomes[-1]["code"] is None
     # In the journal, the hidden states, the parts, and while they are put together.
-    assert len({outcome["step"] for outcome in outcomes[:-1]}) > 4
+    assert len({outcome["step"] for outcome in outcomes[:-1]}) >= 4
     assert "export" in {outcome["step"] for outcome in outcomes[:-1]}
 
 

@@ -26,8 +26,8 @@ from workers.supervisor.processes import JobProcess, Spawner, scrubbed_environme
 
 pytestmark = pytest.mark.service
 
-LIMIT_BYTES = 500_000_000  # of which the interpreter with torch takes three fifths
-HIDDEN, INTERMEDIATE, VOCABULARY, NUM_BLOCKS, BLOCKS_A_SHARD = 1024, 2816, 384, 24, 4
+LIMIT_BYTES = 600_000_000  # of which the interpreter with torch takes more than half
+HIDDEN, INTERMEDIATE, VOCABULARY, NUM_BLOCKS, BLOCKS_A_SHARD = 1024, 2816, 384, 28, 4
 
 
 def write_large_llama(folder: Path) -> int:
@@ -90,7 +90,7 @@ class Sampled:
 def test_a_checkpoint_larger_than_the_limit_is_compressed_under_it(
     settings: Settings, database: Database, tmp_path: Path
 ) -> None:
-    assert write_large_llama(tmp_path / "roots" / "large") > 1.2 * LIMIT_BYTES
+    assert write_large_llama(tmp_path / "roots" / "large") > 1.15 * LIMIT_BYTES
     calibration = {"dataset": {"texts": TEXTS[:150]}, "num_samples": 4, "max_seq_length": 64}
     stages = [{"technique": "smoothquant"}]
     attempt = fetched(tmp_path / "work", tmp_path / "roots" / "large", {"stages": stages, "calibration": calibration})

@@ -215,3 +215,38 @@ def test_what_a_layer_got_instead_is_in_the_report(model: Path, tmp_path: Path) 
     assert layers[Q.removesuffix(".weight")]["num_dead_columns"] == 16
     assert layers[DOWN.removesuffix(".weight")]["num_dead_columns"] == 0
     assert torch.isfinite(load_file(attempt.artifact / "model.safetensors")["model.norm.weight"]).all()
+
+
+def test_groups_whose_squares_are_no_numbers_are_rounded_like_others(model: Path, tmp_path: Path) -> None:
+    """No search can compare infinite errors: the grid covers each group's extremes."""
+    codes = []
+    for name, trouble in (("as-it-is", nothing), ("scaled", scaled(UP, 2.0**80))):
+        stage = {**RECIPES["nearest-zero-points"][0], "symmetric": True}
+        attempt = prepared(tmp_path / name, model, [stage], trouble)
+        compress(attempt.work, attempt.request, attempt.events.append)
+        codes.append(load_file(attempt.artifact / "model.safetensors")[UP + "_packed"])
+    extremes = prepared(tmp_path / "extremes", model, [RECIPES["nearest"][0] | {"clip_search": False}], nothing)
+    compress(extremes.work, extremes.request, extremes.events.append)
+    assert torch.equal(codes[1], load_file(extremes.artifact / "model.safetensors")[UP + "_packed"])
+    assert not torch.equal(codes[0], codes[1])
+
+
+def test_a_scale_that_no_weight_could_take_is_left_out_and_said(model: Path, tmp_path: Path) -> None:
+    attempt = prepared(tmp_path / "work", model, RECIPES["smoothquant"], filled([DOWN], 3e38))
+    compress(attempt.work, attempt.request, attempt.events.append)
+    fallbacks = json.loads((attempt.work / "compressed.json").read_text())["stages"][0]["fallbacks"]
+    assert [(each["layer"], each["code"]) for each in fallbacks] == [(DOWN.removesuffix(".weight"), "input_scale")]
+
+
+@pytest.mark.parametrize("name", ["gptq", "sparsegpt", "awq"])
+def test_the_relative_error_of_huge_weights_is_that_of_small_ones(name: str, model: Path, tmp_path: Path) -> None:
+    """A factor for all weights of a layer changes no choice but that of the clip search."""
+    errors = []
+    for folder, trouble in (("as-it-is", nothing), ("scaled", scaled(DOWN, 2.0**80))):
+        stage = RECIPES[name][0] | ({} if name == "sparsegpt" else {"clip_search": False})
+        attempt = prepared(tmp_path / folder, model, [stage], trouble)
+        compress(attempt.work, attempt.request, attempt.events.append)
+        layers = json.loads((attempt.work / "compressed.json").read_text())["stages"][0]["layers"]
+        errors.append(layers[DOWN.removesuffix(".weight")]["relative_error"])
+    assert errors[1] == pytest.approx(errors[0], rel=0.1)
+    assert errors[1] > 0

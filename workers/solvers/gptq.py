@@ -79,5 +79,5 @@ def _quantize_columns(
             errors[:, column - first] = error
             weight[:, column + 1 : last].addr_(error, factor[column, column + 1 : last], alpha=-1.0)
         weight[:, last:].addmm_(errors, factor[first:last, last:], alpha=-1.0)
-        squared_error += errors.square().sum(dtype=torch.float64)
+        squared_error += torch.linalg.vector_norm(errors, dtype=torch.float64).square()
     return codes, float(squared_error)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.solvers import compiled
-from workers.solvers.hessian import InverseFactor, Outcome, energy_of
+from workers.solvers.hessian import InverseFactor, Outcome, energy_of, squared_norm
 from workers.solvers.pruning import smallest_of_each_group, wanda_mask
 
 BLOCK_COLUMNS = 128
@@ -38,8 +38,9 @@ def sparsegpt(
         pruned = torch.where(mask, 0.0, weight)
         return pruned, mask, Outcome.uncompensated(weight - pruned, energy, hessian)
     prune = compiled.prune_columns if weight.device.type == "cpu" else _prune_columns
-    # What is pruned of a column whose input is always zero costs nothing.
-    importance = torch.where(hessian.diagonal() == 0, 0.0, factor.factor.diagonal().square().reciprocal())
+    # By the root of the loss, w / [H⁻¹]ⱼⱼ^½: the same order, and no square that is beyond float32. What is pruned of a
+    # column whose input is always zero costs nothing.
+    importance = torch.where(hessian.diagonal() == 0, 0.0, factor.factor.diagonal().reciprocal())
     rows, columns = weight.shape
     solved = weight.clone(memory_format=torch.contiguous_format)
     mask = torch.zeros_like(solved, dtype=torch.bool) if zeros is None else zeros.contiguous().clone()
@@ -64,7 +65,7 @@ def sparsegpt(
 
 def _cheapest(weight: Tensor, importance: Tensor, pruned: Tensor, count: int) -> Tensor:
     """The ``count`` weights (rows × columns) whose loss costs least; those already ``pruned`` first."""
-    score = weight.square() * importance
+    score = weight.abs() * importance
     score[pruned] = -1.0
     flat = score.flatten()
     mask = torch.zeros_like(flat, dtype=torch.bool)
@@ -92,11 +93,11 @@ def _prune_columns(
     for column in range(first, last):
         if pattern is not None and column % pattern[1] == 0 and column + pattern[1] <= columns:
             group = slice(column, column + pattern[1])
-            score = weight[:, group].square() * importance[group]
+            score = weight[:, group].abs() * importance[group]
             score[mask[:, group]] = -1.0
             mask[:, group] |= smallest_of_each_group(score, *pattern)
         error = torch.where(mask[:, column], weight[:, column] / diagonal[column], 0.0)
         errors[:, column - first] = error
         weight[:, column].masked_fill_(mask[:, column], 0.0)
         weight[:, column + 1 : last].addr_(error, factor[column, column + 1 : last], alpha=-1.0)
-    return errors, float(errors.square().sum(dtype=torch.float64))
+    return errors, squared_norm(errors)
