@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from workers.engine.device import compute_device
+from workers.engine.device import compute_device, peak_device_memory_bytes
 from workers.engine.text import read_documents, tokenize
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.quality import measure, windows_of
 from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_runs, measure_speed
-from workers.fingerprint import fingerprint
+from workers.fingerprint import environment_of
 from workers.formats import load_sparse
 from workers.formats.opening import Opened, open_archive, open_checkpoint
 from workers.formats.parts import write_json
@@ -85,7 +85,10 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             "generation": {"prompt": recipe.evaluation.prompt, **texts},
             "stages": stages,
             "constraints": check_constraints(request.get("constraints", {}), quality, size),
-            "environment": fingerprint(work / "source" / "data.json"),
+            "environment": {
+                **environment_of(compressed["fingerprint"], compressed["made_under"], work / "source" / "data.json"),
+                "peak_device_memory_bytes": peak_device_memory_bytes(),
+            },
             "timings": {
                 "compress_seconds": compressed["seconds"],
                 "certify_seconds": round(time.perf_counter() - begin, 3),

@@ -8,6 +8,8 @@ JobError                     code, message, param, hint
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any, ClassVar, Literal, Self
 
 Blame = Literal["user", "infrastructure", "crash"]
@@ -71,6 +73,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
     )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room for a file, or no quota."""
+    if isinstance(error, OSError):
+        return error.errno in {errno.ENOSPC, errno.EDQUOT}
+    # Libraries and storages put the system's words into errors of their own.
+    return os.strerror(errno.ENOSPC).lower() in str(error).lower()
 
 
 def model_unusable(error: Exception) -> UserError:

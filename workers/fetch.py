@@ -1,7 +1,8 @@
 """Turns the model and data ids of a request into validated files of the work folder. Never imports torch.
 
 Leaves in ``{work}/source``: ``model/``, ``model.json``, ``data.json``, ``evaluation.jsonl`` and, where a stage needs
-it, ``calibration.jsonl``. This is the only process of a job that has the network and a token.
+it, ``calibration.jsonl``; what an earlier attempt at the job left there complete is used as it is. This is the only
+process of a job that has the network and a token.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from workers.recipe import Recipe
 from workers.sources.checkpoint import read_checkpoint, read_json, without_code
 from workers.sources.checkpoint_folder import CheckpointFolder, open_folder, open_model, symlink_refused
 from workers.sources.facts import ModelFacts
+from workers.sources.fetched import is_complete, mark_complete, unmark
 from workers.sources.identifiers import FileId, HubId, ModelId, parse_model_id, parse_revision
 from workers.sources.inspection import facts_of_checkpoint, gguf_in, inspect_gguf
 from workers.sources.texts import write_texts
@@ -42,11 +44,16 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
 
     Raises UserError or InfrastructureError; see :mod:`workers.sources`.
     """
+    source = work / "source"
+    if is_complete(source, request):
+        emit(_resolved(json.loads((source / "model.json").read_text(encoding="utf-8"))))
+        emit(_progress(1.0))
+        return
+    unmark(source)
     recipe = Recipe.model_validate(request["recipe"])
     model_roots = [Path(root) for root in request["model_roots"]]
     model = parse_model_id(request["model"]["id"])
     revision = parse_revision(request["model"].get("revision"), model)
-    source = work / "source"
     destination = source / "model"
     shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
@@ -59,12 +66,13 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
             param="model.revision",
             hint="Leave the revision out to take the content as it is.",
         )
-    emit({"event": "resolved", "revision": facts.revision, "model": _summary(facts)})
+    emit(_resolved(facts.to_dict()))
     data = write_texts(recipe, source, model_roots)
     _write_json(source / "data.json", data)
     states = file_states(destination)
     check_same(before, states)
     _write_json(source / "model.json", {**facts.to_dict(), "fingerprint": states})
+    mark_complete(source, request)
     emit(_progress(1.0))
 
 
@@ -101,7 +109,10 @@ def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> tuple[M
         # The path is opened again by others: it must be the file that was checked.
         if (checked.st_dev, checked.st_ino) != (found.st_dev, found.st_ino):
             raise symlink_refused(name)
-        (destination / name).symlink_to(target)
+        # A successor finds a copy of ours in another work folder.
+        (destination / name).symlink_to(
+            os.path.relpath(target, destination) if target.is_relative_to(destination.parent) else target
+        )
     _clean_settings(folder, destination)
     _check_tokenizer(folder)
     if checkpoint.is_sparse:
@@ -212,9 +223,9 @@ def _check_space(folder: Path, wanted_bytes: int) -> None:
         )
 
 
-def _summary(facts: ModelFacts) -> dict[str, Any]:
-    told = facts.to_dict()
-    return {key: told[key] for key in ("source_format", "num_parameters", "parameter_bytes", "source_file_bytes")}
+def _resolved(facts: dict[str, Any]) -> dict[str, Any]:
+    names = ("source_format", "num_parameters", "parameter_bytes", "source_file_bytes")
+    return {"event": "resolved", "revision": facts["revision"], "model": {name: facts[name] for name in names}}
 
 
 def _progress(fraction: float) -> dict[str, Any]:

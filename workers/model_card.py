@@ -46,6 +46,7 @@ KL divergence to the original {_with_error(quality, "kl_divergence")} nats a tok
 Measured in float32 on {quality["num_tokens"]:,} held-out tokens of `{_dataset(recipe)}`, ± one standard error.
 Speeds are of the worker that made this model.
 Layers that got something else than what was asked for: {fallbacks}; `report.json` names them.
+{_reproducibility(report["environment"])}
 
 ## Recipe
 
@@ -66,6 +67,16 @@ def _change(size: dict[str, Any]) -> str:
             f"{size['original_file_bytes']:,} bytes"
         )
     return change
+
+
+def _reproducibility(environment: dict[str, Any]) -> str:
+    if environment["reproducible"]:
+        return "The same recipe gives the same bytes under the `environment` of `report.json`."
+    changed = sorted({name for run in environment["made_under"] for name in run["differs_in"]})
+    return (
+        "Not reproducible: the job was interrupted and went on where something else decides how numbers are rounded "
+        f"({', '.join(changed)}), so the same recipe gives other bytes."
+    )
 
 
 def _with_error(quality: dict[str, Any], name: str) -> str:

@@ -23,6 +23,7 @@ from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
 from workers.engine.text import calibration_samples, read_documents, tokenize
 from workers.errors import UserError
+from workers.fingerprint import change_of, fingerprint, made_under
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
 from workers.formats.parts import Parts, write_json
 from workers.recipe import Recipe
@@ -82,6 +83,10 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
             "stages": stages,
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
             "num_calibration_tokens": 0 if calibration is None else calibration.numel(),
+            "fingerprint": journal.fingerprint,
+            "made_under": made_under(
+                [*journal.fingerprints, *[journal.fingerprint] * (skeleton.num_blocks - journal.num_blocks)]
+            ),
         },
     )
     for index, stage in enumerate(stages):
@@ -97,9 +102,16 @@ def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:
         "recipe": recipe.model_dump(mode="json"),
         "data": json.loads((source / "data.json").read_text(encoding="utf-8")),
     }
-    journal = Journal(work / "journal", identity)
+    journal = Journal(work / "journal", identity, fingerprint())
     if journal.discarded is not None:
         emit({"event": "warning", "code": journal.discarded.code, "message": journal.discarded.message, "param": None})
+    change = change_of(journal.fingerprints[-1], journal.fingerprint) if journal.fingerprints else ""
+    if change:
+        message = (
+            f"The job goes on from block {journal.num_blocks} where something else decides how numbers are rounded: "
+            f"{change}. The result is as good, but the same recipe will not give the same bytes again."
+        )
+        emit({"event": "warning", "code": "fingerprint_changed", "message": message[:2000], "param": None})
     return journal
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import errno
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from workers.errors import CrashError, InfrastructureError, JobError, is_out_of_memory
+from workers.errors import CrashError, InfrastructureError, JobError, is_disk_full, is_out_of_memory
 
 _PR_SET_PDEATHSIG = 1
 NICENESS = 10
@@ -96,15 +95,9 @@ def _as_job_error(error: BaseException) -> JobError:
         reason = (str(error).strip().splitlines() or ["no memory was left"])[0][:300]
         hint = "Use a worker, or a device, with more memory."
         return CrashError("out_of_memory", f"The job's process ran out of memory: {reason}", hint=hint)
-    if _is_disk_full(error):
+    if is_disk_full(error):
         return InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
     return CrashError("internal_error", f"{type(error).__name__}: {error}"[:2000])
-
-
-def _is_disk_full(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return os.strerror(errno.ENOSPC).lower() in str(error).lower()  # safetensors has an error of its own
 
 
 def _preload() -> None:

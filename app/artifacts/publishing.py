@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from app.storage import Storage, StorageError
-from workers.errors import CrashError, InfrastructureError
+from workers.errors import CrashError, InfrastructureError, is_disk_full
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +44,7 @@ def publish(storage: Storage, folder: Path, *, job_id: str, fence: int) -> Publi
 
     Raises:
         CrashError: ``invalid_artifact``, for a link or a name that has no business in an artifact.
-        InfrastructureError: ``storage_unavailable``.
+        InfrastructureError: ``disk_full`` where the storage says so, else ``storage_unavailable``.
     """
     (folder / MANIFEST).unlink(missing_ok=True)
     files = [_described(folder, path) for path in _regular_files(folder)]
@@ -59,6 +59,10 @@ def publish(storage: Storage, folder: Path, *, job_id: str, fence: int) -> Publi
             storage.put_file(f"{prefix}/{file.path}", folder / file.path)
     except StorageError as error:
         logger.exception("the artifact could not be stored", extra={"job_id": job_id, "fence": fence})
+        if is_disk_full(error):
+            raise InfrastructureError(
+                "disk_full", "The disk of the storage is full.", hint="Free space where ATTAR_STORAGE_URL leads."
+            ) from error
         raise InfrastructureError("storage_unavailable", "The storage did not take the artifact.") from error
     size_bytes = sum(file.size_bytes for file in files)
     logger.info("published", extra={"job_id": job_id, "fence": fence, "size_bytes": size_bytes})

@@ -18,6 +18,8 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
     console.print(_measurements(report))
     _print_constraints(console, report.get("constraints") or [])
     _print_fallbacks(console, report.get("stages") or [])
+    if (report.get("environment") or {}).get("reproducible") is False:
+        console.print("not reproducible: the job went on under other conditions; report.json names them")
     generation = report.get("generation")
     if generation:
         _print_generation(console, generation)

@@ -21,6 +21,7 @@ from tests.workers.sources.test_gguf import as_gguf, llama_weights, write_gguf
 from workers.errors import JobError, UserError
 from workers.fetch import fetch
 from workers.sources.facts import ModelFacts
+from workers.sources.fetched import unmark
 from workers.sources.inspection import inspect_model
 
 GPTQ = {"stages": [{"technique": "gptq"}]}
@@ -106,6 +107,7 @@ def test_the_revision_of_local_content_changes_with_a_byte_and_with_a_name(work:
     save_file(tensors, folder / "model.safetensors")
     second = resolved(run(work, root))
     (folder / "generation_config.json").write_text("{}")
+    unmark(work / "source")
     assert len({first, second, resolved(run(work, root))}) == 3
 
 

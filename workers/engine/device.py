@@ -17,6 +17,11 @@ def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def device_name() -> str | None:
+    """What the accelerator is called; None on the CPU."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else None
+
+
 def peak_device_memory_bytes() -> int | None:
     """The most memory that tensors took on the accelerator so far; None on the CPU."""
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None

@@ -37,9 +37,14 @@ class Discarded:
 class Journal:
     """The finished blocks of one job."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        """Open ``folder`` and keep what is complete there, if it is of the same ``identity`` (a JSON object)."""
+    def __init__(self, folder: Path, identity: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+        """Open ``folder`` and keep what is complete there, if it is of the same ``identity`` (a JSON object).
+
+        ``fingerprint`` is what blocks are made under from now on; that of an earlier attempt may be another.
+        """
         self.folder = folder
+        self.fingerprint = fingerprint
+        self.fingerprints: list[dict[str, Any]] = []  # of the finished blocks
         self.discarded: Discarded | None = None
         self.entries: list[dict[str, Any]] = []
         self._activations_of: dict[str, Any] = {}
@@ -80,7 +85,12 @@ class Journal:
         part = part_name(index)
         self._write(
             self.folder / f"{part}.json",
-            {"entry": entry, "part_xxh3": _digest(self.parts.path(part)), "activations": described},
+            {
+                "entry": entry,
+                "fingerprint": self.fingerprint,
+                "part_xxh3": _digest(self.parts.path(part)),
+                "activations": described,
+            },
         )
 
     def keep(self, index: int, number: int, hidden: Tensor) -> None:
@@ -147,7 +157,7 @@ class Journal:
                 written = json.loads(path.read_bytes())
                 if _digest(parts.path(part)) != written["part_xxh3"]:
                     raise ValueError("the part's bytes are not those that the entry names")
-                self.entries.append(dict(written["entry"]))
+                entry, fingerprint = dict(written["entry"]), dict(written["fingerprint"])
             except (OSError, ValueError, KeyError, TypeError):
                 self.discarded = Discarded(
                     "journal_damaged",
@@ -155,6 +165,8 @@ class Journal:
                 )
                 self._forget_from(self.num_blocks)
                 return
+            self.entries.append(entry)
+            self.fingerprints.append(fingerprint)
             self._activations_of = written
 
     def _forget_from(self, index: int) -> None:

@@ -53,6 +53,11 @@ class Layer:
             facts.is_normal,
         )
 
+    def can_be_scaled(self, scale: Tensor) -> bool:
+        """Whether every column times ``scale`` (float32, in_features) can be stored."""
+        largest = torch.linalg.vector_norm(self.weight, torch.inf, dim=0) * scale
+        return bool((largest <= torch.finfo(self.stored_dtype).max).all())
+
     def rescale(self, scale: Tensor, statistics: InputStatistics | None) -> None:
         """Read the input divided by ``scale`` (float32, in_features), whose statistics are ``statistics``."""
         self.weight = self.weight * scale

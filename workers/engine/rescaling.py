@@ -46,7 +46,7 @@ def _divide_norm(weight: Tensor, scale: Tensor, *, plus_one: bool) -> tuple[Tens
     factor = weight.to(scale) + offset
     divided = (factor / scale - offset).to(weight)
     realized = divided.to(scale) + offset
-    kept = (factor == 0) | (realized == 0)
+    kept = (factor == 0) | (realized == 0) | ~torch.isfinite(realized)
     return torch.where(kept.to(weight.device), weight, divided), torch.where(kept, 1.0, factor / realized)
 
 

@@ -237,6 +237,10 @@ class Stream:
         scale = None if producer.kind == "linear" and stage.ignores(name) else stage.input_scale(layers)
         if scale is None:
             return
+        if not all(layer.can_be_scaled(scale) for layer in layers):
+            for layer in layers:
+                layer.fall_back("input_scale", "its input is not rescaled: a weight would be beyond its type's range")
+            return
         made = next((layer for layer in done if layer.name == name), None)
         scale = take_over(producer, name, scale, self._stored, self._changed, made)
         statistics = layers[0].statistics.scaled(scale)

@@ -17,6 +17,8 @@ import torch
 from numba import njit
 from torch import Tensor
 
+from workers.solvers.hessian import squared_norm
+
 # Sums may be reordered so that they vectorize; NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
 
@@ -72,12 +74,13 @@ def _search_rows(
             best_scale, best_zero = np.float32(1.0), np.float32(0.0)
             for step in range(shrink.shape[0]):
                 for sign in range(2 if symmetric else 1):
+                    # Factors first: twice a large weight, or the range of two, may be beyond float32.
                     if symmetric:
-                        scale = max(-low, high) * np.float32(2.0) * shrink[step] / span
+                        scale = max(-low, high) * (np.float32(2.0) * shrink[step] / span)
                         if sign == 1:
                             scale = -scale
                     else:
-                        scale = (high - low) * shrink[step] / span
+                        scale = high * (shrink[step] / span) - low * (shrink[step] / span)
                     if abs(scale) >= tiny:
                         scale = _round_mantissa(scale, dropped)
                     else:
@@ -88,7 +91,8 @@ def _search_rows(
                     if not symmetric:
                         zero = min(max(np.rint(low_code - low * shrink[step] / scale), low_code), high_code)
                     error = _group_error(group, importance[index], scale, zero, low_code, high_code)
-                    if error < best_error:
+                    # Where no error is a number, as of weights whose squares are none, the grid covers the extremes.
+                    if error < best_error or (step == 0 and sign == 0):
                         best_error, best_scale, best_zero = error, scale, zero
             scales[row, index] = best_scale
             zeros[row, index] = np.int8(best_zero)
@@ -200,7 +204,7 @@ def quantize_columns(
 
         _over_rows(rows, quantize)
         carried = torch.from_numpy(errors[:, : last - first])
-        squared_error += float(carried.square().sum(dtype=torch.float64))
+        squared_error += squared_norm(carried)
         if last < columns:
             weight[:, last:].addmm_(carried, factor[first:last, last:], alpha=-1.0)
     return torch.from_numpy(codes), squared_error
@@ -216,7 +220,7 @@ def _prune_rows(weight, factor, importance, mask, keep, group_size, first, last,
             if group_size > 0 and column % group_size == 0 and column + group_size <= columns:
                 num_pruned = 0
                 for i in range(group_size):
-                    score[i] = values[column + i] * values[column + i] * importance[column + i]
+                    score[i] = abs(values[column + i]) * importance[column + i]
                     if mask[row, column + i]:
                         num_pruned += 1
                 while num_pruned < group_size - keep:
@@ -248,7 +252,7 @@ def prune_columns(
     """Prune columns ``first`` to ``last`` of ``weight`` under ``mask``, each one's error carried on inside the block.
 
     ``weight`` (float32, rows × columns) and ``mask`` (boolean) are contiguous and changed in place. With ``pattern``
-    (N, M) the mask is grown here: in every M columns that begin at a multiple of M, all but the N weights whose square
+    (N, M) the mask is grown here: in every M columns that begin at a multiple of M, all but the N weights whose size
     times ``importance`` (float32, columns) is largest. ``factor`` is the upper Cholesky factor of the inverse Hessian.
 
     Returns the errors (float32, rows × columns of the block), to be carried on to later blocks, and the sum of their
@@ -264,7 +268,7 @@ def prune_columns(
 
     _over_rows(rows, prune)
     carried = torch.from_numpy(errors)
-    return carried, float(carried.square().sum(dtype=torch.float64))
+    return carried, squared_norm(carried)
 
 
 @lru_cache(maxsize=1)

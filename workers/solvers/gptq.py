@@ -81,7 +81,7 @@ def _quantize_columns(
         )
         errors /= diagonal[here]
         weight[:, last:].addmm_(errors, factor[here, last:], alpha=-1.0)
-        squared_error += errors.square().sum(dtype=torch.float64)
+        squared_error += torch.linalg.vector_norm(errors, dtype=torch.float64).square()
     return codes, float(squared_error)
 
 

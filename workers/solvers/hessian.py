@@ -59,7 +59,8 @@ class Outcome:
 
         The sum is the error under the damped Hessian; what the damping adds is taken off. ``energy`` is ‖WX‖².
         """
-        of_damping = float((change.square().sum(dim=0, dtype=torch.float64) * factor.added).sum())
+        of_columns = torch.linalg.vector_norm(change, dim=0, dtype=torch.float64).square()
+        of_damping = float((of_columns * factor.added).sum())
         error = max(0.0, carried - of_damping)
         return cls(error / energy if energy > 0 else 0.0, factor.damping, factor.num_dead_columns)
 
@@ -78,8 +79,17 @@ class Outcome:
 
 
 def energy_of(weight: Tensor, hessian: Tensor) -> float:
-    """‖WX‖² (weight: rows × K), from H = XᵀX."""
-    return float(torch.sum((weight @ hessian) * weight))
+    """‖WX‖² (weight: rows × K), from H = XᵀX. Also of weights whose squares are no float32."""
+    largest = float(torch.linalg.vector_norm(weight, torch.inf))
+    if largest == 0:
+        return 0.0
+    scaled = weight / largest
+    return largest**2 * float(torch.sum((scaled @ hessian) * scaled))
+
+
+def squared_norm(values: Tensor) -> float:
+    """The sum of all squares, in float64."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 class NotPositiveDefiniteError(ArithmeticError):

@@ -156,7 +156,8 @@ def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> 
         return scale, torch.zeros_like(scale, dtype=torch.int8)
     low = groups.amin(dim=-1).clamp(max=0.0) * shrink
     high = groups.amax(dim=-1).clamp(min=0.0) * shrink
-    scale = _as_stored((high - low) / (grid.highest - grid.lowest), grid.scale_dtype)
+    steps = grid.highest - grid.lowest
+    scale = _as_stored(high / steps - low / steps, grid.scale_dtype)
     zero_point = torch.round(grid.lowest - low / scale).clamp_(grid.lowest, grid.highest)
     return scale, zero_point.to(torch.int8)
 

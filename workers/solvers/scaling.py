@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from workers.solvers.hessian import energy_of
+
 LARGEST_EXPONENT = 8
 NUM_EXPONENTS = 20
 
@@ -58,7 +60,7 @@ def activation_aware_scale(
         error = 0.0
         for weight, codes in zip(weights, quantize, strict=True):
             change = weight - codes(weight * scale) / scale
-            error += float(torch.sum((change @ hessian) * change))
+            error += energy_of(change, hessian)
         if error < least:
             best, least = scale, error
     return best

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from workers.solvers import compiled
-from workers.solvers.hessian import InverseFactor, Outcome, energy_of
+from workers.solvers.hessian import InverseFactor, Outcome, energy_of, squared_norm
 from workers.solvers.launching import LaunchedAsOne
 from workers.solvers.pruning import smallest_of_each_group, wanda_mask
 
@@ -39,8 +39,9 @@ def sparsegpt(
         pruned = torch.where(mask, 0.0, weight)
         return pruned, mask, Outcome.uncompensated(weight - pruned, energy, hessian)
     prune = compiled.prune_columns if weight.device.type == "cpu" else _prune_columns
-    # What is pruned of a column whose input is always zero costs nothing.
-    importance = torch.where(hessian.diagonal() == 0, 0.0, factor.factor.diagonal().square().reciprocal())
+    # By the root of the loss, w / [H⁻¹]ⱼⱼ^½: the same order, and no square that is beyond float32. What is pruned of a
+    # column whose input is always zero costs nothing.
+    importance = torch.where(hessian.diagonal() == 0, 0.0, factor.factor.diagonal().reciprocal())
     rows, columns = weight.shape
     solved = weight.clone(memory_format=torch.contiguous_format)
     mask = torch.zeros_like(solved, dtype=torch.bool) if zeros is None else zeros.contiguous().clone()
@@ -65,7 +66,7 @@ def sparsegpt(
 
 def _cheapest(weight: Tensor, importance: Tensor, pruned: Tensor, count: int) -> Tensor:
     """The ``count`` weights (rows × columns) whose loss costs least; those already ``pruned`` first."""
-    score = weight.square() * importance
+    score = weight.abs() * importance
     score[pruned] = -1.0
     flat = score.flatten()
     mask = torch.zeros_like(flat, dtype=torch.bool)
@@ -101,7 +102,7 @@ def _prune_columns(
         group_size=pattern[1] if pattern else 0,
     )
     weight[:, here] = pruned
-    return errors, float(errors.square().sum(dtype=torch.float64))
+    return errors, squared_norm(errors)
 
 
 @LaunchedAsOne
@@ -115,7 +116,7 @@ def _prune_block(
     for column in range(num_columns):
         if group_size and column % group_size == 0 and column + group_size <= num_columns:
             group = slice(column, column + group_size)
-            score = weight[group].square() * importance[group].unsqueeze(-1)
+            score = weight[group].abs() * importance[group].unsqueeze(-1)
             score.masked_fill_(mask[group], -1.0)
             mask[group] |= smallest_of_each_group(score.T, num_kept, group_size).T
         torch.mul(weight[column], mask[column], out=errors[column])

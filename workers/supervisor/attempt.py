@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import logging
 import threading
 from collections.abc import Callable
@@ -18,7 +17,7 @@ from app.attempts.service import Claim, FailureDetails, Outcome
 from app.database import OUTAGES, Database
 from app.settings import Settings
 from app.storage import Storage, StorageError
-from workers.errors import CrashError, InfrastructureError, JobError, UserError
+from workers.errors import CrashError, InfrastructureError, JobError, UserError, is_disk_full
 from workers.supervisor.folders import WorkFolder
 from workers.supervisor.lease import DatabaseStillDownError, Lease, insist
 from workers.supervisor.messages import DoneMessage, Message, ProgressMessage, Violation, loads
@@ -87,7 +86,7 @@ class Attempt:
             return self._failed(InfrastructureError("storage_unavailable", "The storage did not take the artifact."))
         except (*OUTAGES, OSError) as error:
             logger.exception("something of the worker's own failed", extra=self._names)
-            if isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}:
+            if is_disk_full(error):
                 return self._failed(
                     InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
                 )

@@ -10,7 +10,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, Self
 
-from workers.supervisor.journals import keep_journal, take_journal
+from workers.supervisor.succession import hand_on, take_over
 
 logger = logging.getLogger(__name__)
 
@@ -27,25 +27,26 @@ class WorkFolder:
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
-        """Lock and make it, with the journal of earlier attempts."""
+        """Lock and make it, with what earlier attempts fetched and finished."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(_lock_path(self.path))
         shutil.rmtree(self.path, ignore_errors=True)
-        for name in ("logs", "source"):
-            (self.path / name).mkdir(parents=True)
+        self.path.mkdir()
         remove_orphans(self.path.parent, self._job_id)
-        take_journal(self.path.parent, self._job_id, self.path)
+        take_over(self.path.parent, self._job_id, self.path)
+        for name in ("logs", "source"):
+            (self.path / name).mkdir(exist_ok=True)
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Remove it; its journal stays for the next attempt."""
+        """Remove it; what is of use to the next attempt stays."""
         assert self._lock is not None
         _remove(self.path)
         self._lock.close()
 
 
 def remove_orphans(work_dir: Path, job_id: str = "*") -> None:
-    """Remove the folders that workers who are gone left, of one job or of all; their journals are kept."""
+    """Remove the folders that workers who are gone left, of one job or of all; what a successor can use is kept."""
     for lock_path in work_dir.glob(f"{job_id}.*.lock"):
         with suppress(FileNotFoundError), lock_path.open("rb+") as lock:
             try:
@@ -72,8 +73,11 @@ def _lock_path(folder: Path) -> Path:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder, but for its journal, and its lock. What cannot be removed is an orphan for the next start."""
-    keep_journal(folder)
+    """Remove a folder and its lock; what a successor can use waits elsewhere.
+
+    What cannot be removed is an orphan for the next start.
+    """
+    hand_on(folder)
     try:
         shutil.rmtree(folder)
     except FileNotFoundError:

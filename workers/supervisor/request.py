@@ -57,7 +57,14 @@ def copy_artifact(database: Database, storage: Storage, claim: Claim, folder: Pa
         check()
         target = folder / "source" / "artifact" / file.path
         target.parent.mkdir(parents=True, exist_ok=True)
+        if target.exists() and _sha256(target) == file.sha256:
+            continue  # an earlier attempt's copy
+        target.unlink(missing_ok=True)
         storage.download(f"{artifact.prefix}/{file.path}", target)
-        with target.open("rb") as copy:
-            if hashlib.file_digest(copy, "sha256").hexdigest() != file.sha256:
-                raise InfrastructureError("artifact_damaged", f"The stored {file.path} of job {job_id} is damaged.")
+        if _sha256(target) != file.sha256:
+            raise InfrastructureError("artifact_damaged", f"The stored {file.path} of job {job_id} is damaged.")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

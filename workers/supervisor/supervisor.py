@@ -13,9 +13,9 @@ from app.settings import Settings
 from app.storage import Storage
 from workers.supervisor.attempt import Attempt
 from workers.supervisor.folders import remove_orphans
-from workers.supervisor.journals import forget_journals
 from workers.supervisor.lease import DatabaseStillDownError
 from workers.supervisor.processes import JobProcess, Spare, Spawner, scrubbed_environment
+from workers.supervisor.succession import forget_ended
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ class Supervisor:
     def start(self) -> None:
         """Remove what dead workers left, and warm up."""
         remove_orphans(self._settings.work_dir)
-        self._forget_journals()
+        self._forget_ended()
         self.prepare()
 
     def run(self, claim: Claim) -> Outcome | None:
@@ -51,7 +51,7 @@ class Supervisor:
             logger.exception("the end of the attempt could not be recorded", extra=names)
             return None
         logger.info("attempt %d ended: %s", claim.attempt, outcome, extra=names)
-        self._forget_journals()
+        self._forget_ended()
         if not self.stopping.is_set():
             self.prepare()
         return outcome
@@ -79,11 +79,11 @@ class Supervisor:
         except OSError:
             logger.exception("cannot start a spare process")
 
-    def _forget_journals(self) -> None:
+    def _forget_ended(self) -> None:
         try:
-            forget_journals(self._settings.work_dir, self._database)
+            forget_ended(self._settings.work_dir, self._database)
         except OUTAGES:
-            logger.warning("cannot reach the database: journals of ended jobs stay until the next attempt")
+            logger.warning("cannot reach the database: what waits for ended jobs stays until the next attempt")
 
     def _start(self, *, network: bool, log: Path | None, preload: bool = False) -> JobProcess:
         environment = scrubbed_environment(os.environ, network=network)

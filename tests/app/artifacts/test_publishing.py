@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,31 @@ def test_a_store_that_fails_can_be_tried_again(folder: Path, tmp_path: Path) -> 
         publish(FolderStorage(tmp_path / "store"), folder, job_id="job_1", fence=1)
     assert caught.value.code == "storage_unavailable"
     assert isinstance(caught.value.__cause__, StorageError)
+
+
+_ON_FULL_DISK = """
+import os, subprocess, sys
+from pathlib import Path
+from app.artifacts.publishing import publish
+from app.storage import FolderStorage
+from workers.errors import InfrastructureError
+folder, disk = map(Path, sys.argv[1:])
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], check=True)
+try:
+    publish(FolderStorage(disk), folder, job_id="job_1", fence=1)
+except InfrastructureError as error:
+    print(error.code, sum(path.stat().st_size for path in disk.rglob("*.safetensors")), os.listdir(disk / ".incoming"))
+"""
+
+
+def test_a_storage_whose_disk_is_full_says_so_and_keeps_no_half_of_a_file(folder: Path, tmp_path: Path) -> None:
+    (folder / "model.safetensors").write_bytes(bytes(200_000))
+    (tmp_path / "disk").mkdir()
+    alone = ["unshare", "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*alone, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], check=False, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here without root")
+    told = subprocess.run(
+        [*alone, sys.executable, "-c", _ON_FULL_DISK, str(folder), str(tmp_path / "disk")],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    assert told.stdout.split(maxsplit=2) == ["disk_full", "0", "[]\n"]

@@ -11,14 +11,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.models import write_tiny_llama
 from tests.workers.attempts import Attempt, compressed, fetched
+from workers.certify import certify
 from workers.pipeline import compress
 
 NUM_BLOCKS = 4
@@ -199,6 +201,59 @@ def test_the_journal_of_another_recipe_is_refused(model: Path, expected: dict[st
     assert digests(mine) == expected
 
 
+@pytest.mark.parametrize("part", ["attar", "model", "data"])
+def test_the_journal_of_another_version_revision_or_text_is_refused(
+    part: str, model: Path, expected: dict[str, str], tmp_path: Path
+) -> None:
+    attempt = fetched(tmp_path / "work", model, RECIPE)
+    stopped_after(attempt, 3)
+    path = attempt.work / "journal" / "identity.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), part: "another"}))
+    assert solved_blocks(attempt) == list(range(NUM_BLOCKS))
+    assert codes(attempt) == ["journal_refused"]
+    assert digests(attempt) == expected
+
+
+@pytest.fixture
+def another_number_of_threads() -> Iterator[int]:
+    before = torch.get_num_threads()
+    yield before + 1
+    torch.set_num_threads(before)
+
+
+def test_under_another_fingerprint_it_goes_on_and_is_marked(
+    another_number_of_threads: int, model: Path, tmp_path: Path
+) -> None:
+    attempt = fetched(tmp_path / "work", model, RECIPE)
+    before = torch.get_num_threads()
+    stopped_after(attempt, 2)
+    torch.set_num_threads(another_number_of_threads)
+    assert solved_blocks(attempt) == [2, 3]
+    [warning] = [event for event in attempt.events if event["event"] == "warning"]
+    assert warning["code"] == "fingerprint_changed"
+    assert f"num_threads ({before} before, {another_number_of_threads} now)" in warning["message"]
+    certify(attempt.work, attempt.request, attempt.events.append)
+    environment = attempt.report["environment"]
+    assert environment["made_under"] == [
+        {"first_block": 0, "num_blocks": 2, "differs_in": {"num_threads": before}},
+        {"first_block": 2, "num_blocks": 2, "differs_in": {}},
+    ]
+    assert (environment["reproducible"], environment["sha256"]) == (False, None)
+    assert "Not reproducible" in (attempt.artifact / "README.md").read_text()
+
+
+def test_under_the_same_fingerprint_a_job_that_went_on_is_reproducible(model: Path, tmp_path: Path) -> None:
+    attempt = fetched(tmp_path / "work", model, RECIPE)
+    stopped_after(attempt, 2)
+    assert solved_blocks(attempt) == [2, 3]
+    assert codes(attempt) == []
+    certify(attempt.work, attempt.request, attempt.events.append)
+    environment = attempt.report["environment"]
+    assert environment["reproducible"]
+    assert environment["made_under"] == [{"first_block": 0, "num_blocks": NUM_BLOCKS, "differs_in": {}}]
+    assert len(environment["sha256"]) == 64
+
+
 def test_a_full_disk_is_an_error_and_no_crash(
     model: Path, expected: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -227,29 +282,40 @@ compress(work, json.loads((work / "request.json").read_text()), emit)
 """
 
 
-def _killed(work: Path, chance: random.Random) -> bool:
-    """Compress in a process of its own and kill it at a random moment; whether it was done before that."""
+def _killed(work: Path, chance: random.Random) -> list[int]:
+    """Compress in a process of its own and kill it at a random moment; the blocks of which it began a layer."""
+    lines: list[bytes] = []
     with subprocess.Popen(
         [sys.executable, "-c", _RUN, str(work)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     ) as process:
         assert process.stdout is not None
-        process.stdout.readline()  # the imports are done
-        time.sleep(chance.uniform(0, 1.5))
+        lines += [process.stdout.readline() for _ in range(chance.randrange(1, 14))]
+        time.sleep(chance.uniform(0, 0.03))
         process.send_signal(signal.SIGKILL)
-    return process.returncode == 0
+        lines += process.stdout.readlines()
+    events = [json.loads(line) for line in lines if line.endswith(b"\n")]
+    return sorted({event["block"] for event in events if "proj" in str(event.get("step"))})
 
 
-@pytest.mark.parametrize("num_kills", [2, pytest.param(20, marks=pytest.mark.long)])
-def test_killed_at_random_moments_it_gives_the_same_bytes(
-    num_kills: int, model: Path, expected: dict[str, str], tmp_path: Path
+@pytest.mark.parametrize(("num_kills", "num_blocks"), [(3, NUM_BLOCKS), pytest.param(20, 16, marks=pytest.mark.long)])
+def test_killed_at_random_moments_it_repeats_one_block_at_most_and_gives_the_same_bytes(
+    num_kills: int, num_blocks: int, tmp_path: Path
 ) -> None:
+    write_tiny_llama(tmp_path / "deep", num_layers=num_blocks)
+    undisturbed = compressed(tmp_path / "undisturbed", tmp_path / "deep", RECIPE)
     chance = random.Random(num_kills)
-    attempt = fetched(tmp_path / "work", model, RECIPE)
+    attempt = fetched(tmp_path / "work", tmp_path / "deep", RECIPE)
     (attempt.work / "request.json").write_text(json.dumps(attempt.request))
+    num_worked = 0
     for _ in range(num_kills):
-        entries = len(list((attempt.work / "journal").glob("block-*.json")))
-        _killed(attempt.work, chance)
+        num_finished = len(list((attempt.work / "journal").glob("block-*.json")))
+        worked = _killed(attempt.work, chance)
+        num_worked += len(worked)
+        now_finished = len(list((attempt.work / "journal").glob("block-*.json")))
+        # From the first block that was not finished, one after the other; only the last of them may be lost.
+        assert worked == list(range(num_finished, num_finished + len(worked)))
+        assert now_finished >= num_finished + len(worked) - 1
         shutil.rmtree(attempt.artifact, ignore_errors=True)  # each attempt has a work folder of its own
-        assert len(list((attempt.work / "journal").glob("block-*.json"))) >= entries
-    solved_blocks(attempt)
-    assert digests(attempt) == expected
+    assert num_worked > num_kills / 4
+    assert solved_blocks(attempt) == list(range(now_finished, num_blocks))
+    assert digests(attempt) == digests(undisturbed)

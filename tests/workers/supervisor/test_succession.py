@@ -14,6 +14,7 @@ from app.storage import Storage
 from tests.jobs import read_job, wait_until
 from tests.workers.supervisor.running import Running, claim, claimed, new_supervisor
 from workers.supervisor import Supervisor
+from workers.supervisor.folders import WorkFolder
 
 pytestmark = pytest.mark.service
 
@@ -72,12 +73,29 @@ def test_the_journal_of_a_dead_worker_is_taken_up(supervisor: Supervisor, quick:
     assert not dead.exists()
 
 
+@pytest.mark.parametrize("is_marked", [True, False])
+def test_a_source_is_handed_on_only_if_it_is_complete(is_marked: bool, tmp_path: Path) -> None:
+    with WorkFolder(tmp_path, "job_1", 1) as first:
+        (first.path / "source" / "model").mkdir()
+        if is_marked:
+            (first.path / "source" / "fetched.json").write_text("{}")
+    assert (tmp_path / "sources" / "job_1").exists() == is_marked
+    with WorkFolder(tmp_path, "job_2", 1) as other:
+        assert list((other.path / "source").iterdir()) == []
+    with WorkFolder(tmp_path, "job_1", 2) as second:
+        assert (second.path / "source" / "fetched.json").exists() == is_marked
+        assert (second.path / "logs").is_dir()
+        assert not (tmp_path / "sources" / "job_1").exists()
+
+
 def test_journals_of_jobs_that_ended_elsewhere_are_removed(
     supervisor: Supervisor, quick: Settings, database: Database
 ) -> None:
     running = Running(supervisor, claimed(database, quick, "journal-hang"))
     wait_for_block(quick)
-    (quick.work_dir / "journals" / "job_of_nobody").mkdir(parents=True)
+    for waits_in in ("journals", "sources"):
+        (quick.work_dir / waits_in / "job_of_nobody").mkdir(parents=True)
     supervisor.stop()
     assert running.end() == "released"
     assert len(journals(quick)) == 1
+    assert list((quick.work_dir / "sources").iterdir()) == []
