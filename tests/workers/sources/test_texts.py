@@ -11,7 +11,7 @@ import pytest
 
 from workers.errors import UserError
 from workers.recipe import Recipe
-from workers.sources.datasets import load_texts
+from workers.sources.datasets import load_documents
 from workers.sources.texts import write_texts
 
 ROUNDING = {"technique": "round_to_nearest"}
@@ -190,7 +190,7 @@ def test_only_the_shared_sentences_of_a_long_paragraph_are_left_out(tmp_path: Pa
 
 
 def test_a_file_copy_of_the_built_in_text_shares_nothing_with_it(tmp_path: Path) -> None:
-    copy = "\n\n".join(load_texts("builtin:python-docs", "text", []))
+    copy = "\n\n".join(document.text for document in load_documents("builtin:python-docs", "text", []))
     (tmp_path / "copy.txt").write_text(copy)
     described = write(tmp_path, "builtin:python-docs", "file:copy.txt")
     sides = [
