@@ -18,6 +18,7 @@ from tests.workers.attempts import TEXTS, certified, compressed, fetched
 from workers.errors import UserError
 from workers.evaluation.quality import MASKED_FRACTION
 from workers.pipeline import compress
+from workers.sources.inspection import inspect_model
 
 GPTQ = {"technique": "gptq", "scheme": "W4A16", "group_size": 32}
 INT8 = {"technique": "round_to_nearest", "scheme": "W8A16", "group_size": None}
@@ -190,6 +191,35 @@ def test_an_encoder_that_was_stopped_goes_on_and_gives_the_same_bytes(masked: Pa
         assert {event["block"] for event in attempt.events if "dense" in str(event.get("step"))} == {1}
         for path in whole.artifact.iterdir():
             assert path.read_bytes() == (attempt.artifact / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        ({"dim": -1}, "invalid_config"),
+        ({"hidden_dim": "128"}, "invalid_config"),
+        ({"n_heads": None}, "invalid_config"),
+        ({"n_layers": 3}, "invalid_config"),
+        ({"vocab_size": 385}, "invalid_config"),
+        ({"tie_word_embeddings": False}, "weights_missing"),
+        ({"architectures": ["DistilBertForSequenceClassification"]}, "weights_missing"),
+    ],
+)
+def test_a_config_that_the_weights_contradict_is_refused_at_preflight(
+    changes: dict[str, Any], code: str, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    write_tiny_model(model, "distilbert", task="masked", dim=64, hidden_dim=128, n_layers=2, n_heads=4)
+    facts = inspect_model("file:model", model_roots=[tmp_path])
+    assert facts.linear_in_features == (64, 128)
+    assert facts.parameter_bytes == sum(
+        tensor.numel() * tensor.element_size() for tensor in load_file(model / "model.safetensors").values()
+    )
+    path = model / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(UserError) as raised:
+        inspect_model("file:model", model_roots=[tmp_path])
+    assert (raised.value.code, raised.value.param) == (code, "model.id")
 
 
 @pytest.mark.parametrize("has_prefix", [True, False])

@@ -23,7 +23,6 @@ class HeldOut:
 
     def __init__(self, texts: Path, wanted: Evaluation, original: Opened) -> None:
         """Take in ``texts`` (JSON Lines) with the tokenizer of the original, as far as ``wanted`` says."""
-        self._wanted = wanted
         self._opened = original
         self._task = original.architecture.task
         self._labels: list[int] | None = None
