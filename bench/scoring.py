@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from workers.evaluation.quality import Estimate, mean_with_error
+from workers.evaluation.estimates import Estimate, mean_with_error
 from workers.formats import bitsandbytes
 
 WINDOW = 1_024

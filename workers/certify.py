@@ -13,18 +13,18 @@ import torch
 from safetensors.torch import load_file
 
 from workers.engine.device import compute_device, peak_device_memory_bytes
-from workers.engine.text import read_documents, tokenize
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
-from workers.evaluation.quality import measure, windows_of
+from workers.evaluation.held_out import HeldOut
 from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
-from workers.evaluation.speed import check_runs, measure_speed
+from workers.evaluation.speed import check_reads, check_runs, measure_reading, measure_speed
 from workers.fingerprint import environment_of
 from workers.formats import load_sparse
 from workers.formats.opening import Opened, open_archive, open_checkpoint
 from workers.formats.parts import write_json
+from workers.formats.snippets import load_snippet
 from workers.model_card import model_card
 from workers.recipe import Recipe
-from workers.report import check_constraints, outcome_of, report_of, speed_part
+from workers.report import check_constraints, outcome_of, quality_part, report_of, speed_part
 from workers.sources.unchanged import check_unchanged
 from workers.techniques import PruningOptions, QuantizationOptions
 
@@ -58,31 +58,40 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     progress("certify.open_original", 0.0)
     original = _open_original(work / "source" / "model", device)
     check_unchanged(work / "source")
-    check_runs(original.model, original.tokenizer, recipe.evaluation.prompt)
+    task = original.architecture.task
+    held_out = _held_out(work, recipe, original, emit)
+    if task == "causal":
+        check_runs(original.model, original.tokenizer, recipe.evaluation.prompt)
+    else:
+        check_reads(original.model, held_out.longest)
     progress("certify.open", 0.05)
     artifact = (open_archive if recipe.stores_bitmasks else open_checkpoint)(work / "artifact", device)
-    _check_logits(artifact.model, work / "probe.safetensors")
-    _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
+    _check_logits(artifact, work / "probe.safetensors")
+    if task == "causal":
+        _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
     size = _check_size(work / "artifact", source, recipe)
     _warn_of_size(size, emit)
     stages = _prove_stages(artifact.model, recipe, compressed["stages"])
-    quality = _quality(
-        work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)
-    )
+    quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)))
     progress("certify.speed", 0.85)
     opened = {"original": original, "artifact": artifact}
-    speeds, texts = measure_speed(
-        {name: each.model for name, each in opened.items()}, artifact.tokenizer, recipe.evaluation.prompt
-    )
+    models = {name: each.model for name, each in opened.items()}
+    generation: dict[str, Any] | None = None
+    if task == "causal":
+        speeds, texts = measure_speed(models, artifact.tokenizer, recipe.evaluation.prompt)
+        generation = {"prompt": recipe.evaluation.prompt, **texts}
+    else:
+        speeds = measure_reading(models, held_out.longest)
     report = report_of(
         request,
         source["revision"],
-        recipe.output.format or "safetensors",
+        load_snippet(recipe.output.format or "safetensors", task),
+        task,
         {
             "size": size,
             "quality": quality,
             "speed": speed_part(opened, speeds),
-            "generation": {"prompt": recipe.evaluation.prompt, **texts},
+            "generation": generation,
             "stages": stages,
             "constraints": check_constraints(request.get("constraints", {}), quality, size),
             "environment": {
@@ -101,12 +110,11 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
 
 
 @torch.inference_mode()
-def _check_logits(model: Any, probe: Path) -> None:
+def _check_logits(artifact: Opened, probe: Path) -> None:
     """The reopened artifact gives the logits that the engine computed with the compressed weights."""
     expected = load_file(probe)
-    logits = (
-        model(input_ids=expected["input_ids"].unsqueeze(0).to(model.device), use_cache=False).logits[0].float().cpu()
-    )
+    ids = expected["input_ids"].to(artifact.model.device)
+    logits = artifact.model(input_ids=ids, **artifact.architecture.call_options).logits.float().cpu()
     difference = float((logits - expected["logits"]).abs().max())
     allowed = LOGIT_TOLERANCE * float(expected["logits"].abs().max())
     if not difference <= allowed:  # also where either is NaN
@@ -233,22 +241,16 @@ def _prove_grid(model: Any, stage: QuantizationOptions, group_sizes: dict[str, i
     return {"theoretical_packed_bytes": packed_bytes(model, group_sizes, num_bits, stage.scale_bits)}
 
 
-def _quality(
-    work: Path, recipe: Recipe, original: Opened, artifact: Opened, emit: Emit, progress: Callable[[float], None]
-) -> dict[str, Any]:
+def _held_out(work: Path, recipe: Recipe, original: Opened, emit: Emit) -> HeldOut:
     wanted = recipe.evaluation
-    ids = tokenize(
-        original.tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"
-    )
-    if ids.numel() < wanted.num_tokens:
+    held_out = HeldOut(work / "source" / "evaluation.jsonl", wanted, original)
+    if held_out.num_tokens < wanted.num_tokens:
         emit(
             {
                 "event": "warning",
                 "code": "short_evaluation",
-                "message": f"The evaluation text has {ids.numel()} tokens; {wanted.num_tokens} were asked for.",
+                "message": f"The evaluation text has {held_out.num_tokens} tokens; {wanted.num_tokens} were asked for.",
                 "param": "recipe.evaluation",
             }
         )
-    positions = getattr(original.model.config, "max_position_embeddings", None) or wanted.max_seq_length
-    windows = windows_of(ids, wanted.num_tokens, min(wanted.max_seq_length, positions))
-    return measure(original.model, artifact.model, windows, progress).to_report()
+    return held_out

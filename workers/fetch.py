@@ -26,6 +26,7 @@ from workers.sources.facts import ModelFacts
 from workers.sources.fetched import is_complete, mark_complete, unmark
 from workers.sources.identifiers import FileId, HubId, ModelId, parse_model_id, parse_revision
 from workers.sources.inspection import facts_of_checkpoint, gguf_in, inspect_gguf
+from workers.sources.labels import labels_of
 from workers.sources.texts import write_texts
 from workers.sources.tokenizer_file import TOKENIZER_JSON, check_tokenizer_json
 from workers.sources.unchanged import FileStates, check_same, file_state, file_states
@@ -67,7 +68,7 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
             hint="Leave the revision out to take the content as it is.",
         )
     emit(_resolved(facts.to_dict()))
-    data = write_texts(recipe, source, model_roots)
+    data = write_texts(recipe, source, model_roots, labels=labels_of(recipe.evaluation, facts.config))
     _write_json(source / "data.json", data)
     states = file_states(destination)
     check_same(before, states)

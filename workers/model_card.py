@@ -5,6 +5,13 @@ from __future__ import annotations
 import json
 from typing import Any
 
+_QUALITY_ROWS = (("perplexity", "perplexity", 3), ("accuracy", "accuracy", 4), ("macro F1", "macro_f1", 4))
+_SPEED_ROWS = (
+    ("load, seconds", "load_seconds"),
+    ("first token, seconds", "first_token_seconds"),
+    ("tokens a second", "tokens_per_second"),
+)
+
 
 def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
     """Markdown for people, from a report and its recipe."""
@@ -13,18 +20,15 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
     fallbacks = sum(len(stage["fallbacks"]) for stage in report["stages"])
     rows = [
         ("weights, bytes", f"{size['original_bytes']:,}", f"{size['artifact_bytes']:,}"),
-        (
-            "perplexity",
-            f"{quality['original_perplexity']:.3f} ± {quality['original_perplexity_standard_error']:.3f}",
-            f"{quality['perplexity']:.3f} ± {quality['perplexity_standard_error']:.3f}",
+        *(
+            (label, _with_error(quality, f"original_{name}", digits), _with_error(quality, name, digits))
+            for label, name, digits in _QUALITY_ROWS
+            if quality[name] is not None
         ),
         *(
             (label, f"{speed['original'][key]:.3g}", f"{speed['artifact'][key]:.3g}")
-            for label, key in (
-                ("load, seconds", "load_seconds"),
-                ("first token, seconds", "first_token_seconds"),
-                ("tokens a second", "tokens_per_second"),
-            )
+            for label, key in _SPEED_ROWS
+            if speed["artifact"][key] is not None
         ),
     ]
     table = "\n".join(f"| {label} | {before} | {after} |" for label, before, after in rows)
@@ -41,9 +45,8 @@ Made with {techniques} from `{report["model"]["id"]}` at revision `{report["mode
 | --- | --- | --- |
 {table}
 
-KL divergence to the original {_with_error(quality, "kl_divergence")} nats a token; same most likely token
-{100 * quality["top1_agreement"]:.1f} % of the time; perplexity ratio {_with_error(quality, "perplexity_ratio")}.
-Measured in float32 on {quality["num_tokens"]:,} held-out tokens of `{_dataset(recipe)}`, ± one standard error.
+{_comparison(report["task"], quality)}
+Measured in float32 on {_text(report["task"], quality)} of `{_dataset(recipe)}`, ± one standard error.
 Speeds are of the worker that made this model.
 Layers that got something else than what was asked for: {fallbacks}; `report.json` names them.
 {_reproducibility(report["environment"])}
@@ -54,6 +57,25 @@ Layers that got something else than what was asked for: {fallbacks}; `report.jso
 {json.dumps(recipe, indent=2, ensure_ascii=False)}
 ```
 """
+
+
+def _comparison(task: str, quality: dict[str, Any]) -> str:
+    one, what = ("text", "class") if task == "classification" else ("token", "most likely token")
+    ratio = ""
+    if quality["perplexity_ratio"] is not None:
+        ratio = f"; perplexity ratio {_with_error(quality, 'perplexity_ratio')}"
+    elif quality["accuracy_difference"] is not None:
+        ratio = f"; accuracy gained {_with_error(quality, 'accuracy_difference')}"
+    return (
+        f"KL divergence to the original {_with_error(quality, 'kl_divergence')} nats a {one}; same {what}\n"
+        f"{100 * quality['top1_agreement']:.1f} % of the time{ratio}."
+    )
+
+
+def _text(task: str, quality: dict[str, Any]) -> str:
+    if task == "classification":
+        return f"{quality['num_windows']:,} held-out texts"
+    return f"{quality['num_tokens']:,} held-out tokens" + (", masked," if task == "masked" else "")
 
 
 def _change(size: dict[str, Any]) -> str:
@@ -79,8 +101,9 @@ def _reproducibility(environment: dict[str, Any]) -> str:
     )
 
 
-def _with_error(quality: dict[str, Any], name: str) -> str:
-    return f"{quality[name]:.4f} ± {quality[name + '_standard_error']:.4f}"
+def _with_error(quality: dict[str, Any], name: str, digits: int = 4) -> str:
+    error = quality[f"{name}_standard_error"]
+    return f"{quality[name]:.{digits}f}" + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _dataset(recipe: dict[str, Any]) -> str:

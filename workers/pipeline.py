@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,23 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from workers.architectures import architecture_of
+from workers.architectures import Architecture, architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device
 from workers.engine.journal import Journal
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
-from workers.engine.text import calibration_samples, read_documents, tokenize
+from workers.engine.text import (
+    DOCUMENT_SEPARATOR,
+    calibration_samples,
+    check_masks,
+    chosen_sequences,
+    of_one_length,
+    read_documents,
+    sequences,
+    tokenize,
+)
 from workers.errors import UserError
 from workers.fingerprint import change_of, fingerprint, made_under
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
@@ -33,8 +43,9 @@ from workers.techniques import RoundToNearest
 
 Emit = Callable[[dict[str, Any]], None]
 
-# Tokens whose logits the artifact has to give again.
+# Tokens whose logits the artifact has to give again, and in how many sequences an encoder reads them.
 NUM_PROBE_TOKENS = 64
+NUM_PROBE_SEQUENCES = 4
 # What an artifact takes over from the source beside its weights and config.json.
 COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -57,10 +68,10 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     skeleton = Skeleton(checkpoint, architecture, compute_device())
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
-    calibration = _calibration(work, recipe, tokenizer, checkpoint.max_positions, emit)
-    probe = tokenize(
-        tokenizer, read_documents(work / "source" / "evaluation.jsonl"), param="recipe.evaluation.dataset"
-    )[:NUM_PROBE_TOKENS]
+    if architecture.task == "masked":
+        check_masks(tokenizer)
+    calibration = _calibration(work, recipe, tokenizer, skeleton, emit)
+    probe = _probe(work, tokenizer, architecture)
     journal = _journal(work, recipe, emit)
 
     def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
@@ -82,7 +93,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         {
             "stages": stages,
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
-            "num_calibration_tokens": 0 if calibration is None else calibration.numel(),
+            "num_calibration_tokens": sum(samples.numel() for samples in calibration),
             "fingerprint": journal.fingerprint,
             "made_under": made_under(
                 [*journal.fingerprints, *[journal.fingerprint] * (skeleton.num_blocks - journal.num_blocks)]
@@ -115,25 +126,45 @@ def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:
     return journal
 
 
-def _calibration(work: Path, recipe: Recipe, tokenizer: Any, max_positions: int, emit: Emit) -> Tensor | None:
-    """Samples × tokens, or None where no stage needs them."""
+def _calibration(work: Path, recipe: Recipe, tokenizer: Any, skeleton: Skeleton, emit: Emit) -> list[Tensor]:
+    """Samples × tokens for each length of samples; nothing where no stage needs them."""
     if not recipe.statistics:
-        return None
-    wanted = recipe.calibration
-    ids = tokenize(tokenizer, read_documents(work / "source" / "calibration.jsonl"), param="recipe.calibration.dataset")
-    length = min(wanted.max_seq_length, max_positions)
-    samples = calibration_samples(ids, wanted.num_samples, length, recipe.seed)
-    if samples.numel() < wanted.num_samples * wanted.max_seq_length:
+        return []
+    wanted, param = recipe.calibration, "recipe.calibration.dataset"
+    documents = read_documents(work / "source" / "calibration.jsonl")
+    length = min(wanted.max_seq_length, skeleton.checkpoint.max_positions)
+    if skeleton.architecture.task == "causal":
+        ids = tokenize(tokenizer, documents, param=param)
+        samples = [calibration_samples(ids, wanted.num_samples, length, recipe.seed)]
+        is_short = samples[0].numel() < wanted.num_samples * wanted.max_seq_length
+    else:
+        # Texts of people are as short as they are: only their number can fall short.
+        found = sequences(tokenizer, list(documents), length, param=param, cuts=True)
+        samples = [ids for _, ids in of_one_length(chosen_sequences(found, wanted.num_samples, recipe.seed))]
+        is_short = len(found) < wanted.num_samples
+    if is_short:
         emit(
             {
                 "event": "warning",
                 "code": "short_calibration",
-                "message": f"The calibration text and the model's positions give {samples.shape[0]} samples of "
-                f"{samples.shape[1]} tokens; {wanted.num_samples} of {wanted.max_seq_length} were asked for.",
+                "message": f"The calibration text and the model's positions give {sum(map(len, samples))} samples of "
+                f"{samples[-1].shape[1]} tokens; {wanted.num_samples} of {wanted.max_seq_length} were asked for.",
                 "param": "recipe.calibration",
             }
         )
     return samples
+
+
+def _probe(work: Path, tokenizer: Any, architecture: Architecture) -> Tensor:
+    """Sequences × tokens of the evaluation text, whose logits the artifact has to give."""
+    documents, param = read_documents(work / "source" / "evaluation.jsonl"), "recipe.evaluation.dataset"
+    if architecture.task == "causal":
+        return tokenize(tokenizer, documents, param=param)[:NUM_PROBE_TOKENS].unsqueeze(0)
+    # A classifier gives one row of logits a sequence: several short ones say more than a long one.
+    text = DOCUMENT_SEPARATOR.join(islice(documents, NUM_PROBE_SEQUENCES * NUM_PROBE_TOKENS))
+    found = sequences(tokenizer, [text], NUM_PROBE_TOKENS // NUM_PROBE_SEQUENCES, param=param, cuts=True)
+    _, longest = of_one_length(found)[-1]
+    return longest[:NUM_PROBE_SEQUENCES]
 
 
 def _export(

@@ -6,7 +6,16 @@ import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
@@ -89,10 +98,26 @@ class Evaluation(_Part):
     text_field: Annotated[str, Field(max_length=200)] = "text"
     num_tokens: Annotated[int, Field(ge=64, le=4_194_304)] = 16_384
     max_seq_length: Annotated[int, Field(ge=16, le=131_072, description="Tokens a window.")] = 1_024
+    label_field: Annotated[
+        str | None,
+        Field(
+            max_length=200,
+            description="Field of a row that holds its class, by name or number: a classifier's accuracy is measured. "
+            "Inline texts have `labels` beside them instead.",
+        ),
+    ] = None
     allow_overlap: Annotated[bool, Field(description="Keep text that calibration or training also uses.")] = False
     prompt: Annotated[
         str, Field(min_length=1, max_length=4_000, description="Continued by both models, side by side, in the report.")
     ] = "The capital of France is"
+
+    @field_validator("label_field")
+    @classmethod
+    def _names_a_field(cls, value: str | None, info: ValidationInfo) -> str | None:
+        dataset = info.data.get("dataset")
+        if value is not None and isinstance(dataset, InlineDataset) and dataset.labels is None:
+            raise ValueError("inline texts have no fields; send `labels` beside them")
+        return value
 
 
 class Output(_Part):

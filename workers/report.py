@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
+from workers.architectures import Task
 from workers.evaluation.speed import Speed
-from workers.formats.opening import Opened, load_snippet
-from workers.recipe import Format
+from workers.formats.opening import Opened
 
 REPORT_VERSION = 1
+# What is estimated, each with its standard error; null where a task or its data has no such thing.
+_ESTIMATES = (
+    "original_perplexity", "perplexity", "perplexity_ratio", "kl_divergence", "top1_agreement",
+    "original_accuracy", "accuracy", "accuracy_difference",
+    "original_macro_f1", "macro_f1", "macro_f1_difference",
+)  # fmt: skip
 
 
 def speed_part(opened: Mapping[str, Opened], speeds: Mapping[str, Speed]) -> dict[str, Any]:
@@ -24,6 +31,16 @@ def speed_part(opened: Mapping[str, Opened], speeds: Mapping[str, Speed]) -> dic
     }
 
 
+def quality_part(measured: Mapping[str, Any]) -> dict[str, Any]:
+    """The ``quality`` part: what was measured, and null for what was not. An error that is not known is null too."""
+    names = [name for estimate in _ESTIMATES for name in (estimate, f"{estimate}_standard_error")]
+    known = {
+        name: None if name.endswith("_standard_error") and math.isnan(value) else value
+        for name, value in measured.items()
+    }
+    return {**dict.fromkeys(names), **known}
+
+
 def check_constraints(
     constraints: Mapping[str, Any], quality: Mapping[str, Any], size: Mapping[str, Any]
 ) -> list[dict[str, Any]]:
@@ -31,7 +48,7 @@ def check_constraints(
     measured = {
         "max_perplexity_ratio": (quality["perplexity_ratio"], 1),
         "max_size_bytes": (size["artifact_bytes"], 1),
-        "min_accuracy": (None, -1),
+        "min_accuracy": (quality["accuracy"], -1),
     }
     checked = []
     for name, limit in constraints.items():
@@ -44,15 +61,16 @@ def check_constraints(
 
 
 def report_of(
-    request: Mapping[str, Any], revision: str, output_format: Format, measured: Mapping[str, Any]
+    request: Mapping[str, Any], revision: str, load_snippet: str, task: Task, measured: Mapping[str, Any]
 ) -> dict[str, Any]:
     """``report.json``: whose it is, the parts in ``measured``, and how to load what it is about."""
     return {
         "version": REPORT_VERSION,
         "job_id": request["job_id"],
         "model": {"id": request["model"]["id"], "revision": revision},
+        "task": task,
         **measured,
-        "load_snippet": load_snippet(output_format),
+        "load_snippet": load_snippet,
     }
 
 
@@ -66,8 +84,8 @@ def outcome_of(report: Mapping[str, Any]) -> dict[str, Any]:
             "compression_ratio": size["compression_ratio"],
             "perplexity": quality["perplexity"],
             "original_perplexity": quality["original_perplexity"],
-            "accuracy": None,
-            "original_accuracy": None,
+            "accuracy": quality["accuracy"],
+            "original_accuracy": quality["original_accuracy"],
         },
         "constraints_violated": [
             {key: item[key] for key in ("name", "limit", "value")}

@@ -207,6 +207,9 @@ def _print_outcome(job: Mapping[str, Any]) -> None:
     if result and result.get("perplexity") is not None:
         before, after = number(result.get("original_perplexity"), 2), number(result["perplexity"], 2)
         console.print(f"perplexity {before} before, {after} after", soft_wrap=True)
+    if result and result.get("accuracy") is not None:
+        before, after = number(result.get("original_accuracy"), 4), number(result["accuracy"], 4)
+        console.print(f"accuracy {before} before, {after} after", soft_wrap=True)
     if job["status"] == "failed" and result:
         console.print(f"its artifact is kept: attar download {job['id']}", soft_wrap=True)
     if job["status"] == "succeeded":

@@ -10,6 +10,9 @@ from rich.table import Table
 
 from app.cli.output import number, plain, size
 
+# On what a model and its original may agree.
+_AGREED = {"causal": "next token", "masked": "masked token", "classification": "class"}
+
 
 def print_report(console: Console, report: Mapping[str, Any]) -> None:
     """Print the tables of a ``report.json``, the generated texts and the snippet that loads the result."""
@@ -33,7 +36,7 @@ def _measurements(report: Mapping[str, Any]) -> Table:
     for column in table.columns[1:]:
         column.justify = "right"
     _add_size(table, report.get("size") or {})
-    _add_quality(table, report.get("quality") or {})
+    _add_quality(table, report.get("quality") or {}, str(report.get("task")))
     speed = report.get("speed") or {}
     before, after = speed.get("original") or {}, speed.get("artifact") or {}
     for name, key, digits in (
@@ -62,11 +65,19 @@ def _add_size(table: Table, sizes: Mapping[str, Any]) -> None:
         table.add_row("parameters", number(sizes["original_parameters"], 0), "", "")
 
 
-def _add_quality(table: Table, quality: Mapping[str, Any]) -> None:
+def _add_quality(table: Table, quality: Mapping[str, Any], task: str) -> None:
+    for name, key in (("accuracy", "accuracy"), ("macro F1", "macro_f1")):
+        if quality.get(key) is not None:
+            table.add_row(
+                f"{name} ({number(quality.get('num_windows'), 0)} texts)",
+                _with_error(quality.get(f"original_{key}"), quality.get(f"original_{key}_standard_error"), 4),
+                _with_error(quality[key], quality.get(f"{key}_standard_error"), 4),
+                _with_error(quality.get(f"{key}_difference"), quality.get(f"{key}_difference_standard_error"), 4),
+            )
     if quality.get("perplexity") is not None:
         ratio = quality.get("perplexity_ratio")
         table.add_row(
-            f"perplexity ({number(quality.get('num_tokens'), 0)} tokens)",
+            f"perplexity ({number(quality.get('num_tokens'), 0)} {'masked ' if task == 'masked' else ''}tokens)",
             _with_error(quality.get("original_perplexity"), quality.get("original_perplexity_standard_error"), 2),
             _with_error(quality["perplexity"], quality.get("perplexity_standard_error"), 2),
             f"× {number(ratio, 3)}" if ratio is not None else "",
@@ -75,7 +86,8 @@ def _add_quality(table: Table, quality: Mapping[str, Any]) -> None:
         error = quality.get("kl_divergence_standard_error")
         table.add_row("KL to the original (nats)", "", _with_error(quality["kl_divergence"], error, 4), "")
     if quality.get("top1_agreement") is not None:
-        table.add_row("same next token as the original", "", f"{100 * quality['top1_agreement']:.1f} %", "")
+        what = _AGREED.get(task, "choice")
+        table.add_row(f"same {what} as the original", "", f"{100 * quality['top1_agreement']:.1f} %", "")
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:

@@ -12,12 +12,13 @@ from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
 from workers.errors import JobError, UserError
-from workers.recipe import BUILTIN_DATASET, Recipe
+from workers.recipe import BUILTIN_DATASET, Evaluation, Recipe
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.datasets import check_dataset
 from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
+from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
 from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.options import group_size_fits
@@ -45,7 +46,7 @@ def check(
         check_group_size(submission.recipe, facts)
         check_embeddings(submission.recipe, facts)
         check_mask_structure(submission.recipe, facts)
-        _check_datasets(submission.recipe, settings)
+        _check_datasets(submission.recipe, facts, settings)
     except JobError as error:
         raise of_job_error(error) from error
     return facts
@@ -85,7 +86,7 @@ def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
 def check_format(recipe: Recipe, facts: ModelFacts) -> None:
     """Refuse an architecture that is not supported, or whose layers the output format cannot hold as codes.
 
-    Raises UserError ``unsupported_architecture``, ``not_a_causal_model`` or ``output_format_impossible``.
+    Raises UserError ``unsupported_architecture``, ``unsupported_task`` or ``output_format_impossible``.
     """
     architecture = architecture_of(facts.config)
     if architecture.is_transposed and recipe.output.format == "compressed-tensors":
@@ -134,18 +135,9 @@ def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:
             )
 
 
-def warnings_of(submission: JobSubmission) -> list[dict[str, Any]]:
+def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, Any]]:
     """What the submission says that will have no effect, or another than it may seem."""
-    warnings = []
-    if submission.constraints.min_accuracy is not None:
-        warnings.append(
-            {
-                "code": "constraint_not_applicable",
-                "message": "The evaluation measures no accuracy, because its data has no labels that a causal language "
-                "model could be scored on: min_accuracy is not checked.",
-                "param": "constraints.min_accuracy",
-            }
-        )
+    warnings = _warnings_of_task(submission, facts)
     quantization = submission.recipe.quantization
     if quantization is not None and not submission.recipe.stores_codes and submission.recipe.cast is None:
         warnings.append(
@@ -184,6 +176,28 @@ def warnings_of(submission: JobSubmission) -> list[dict[str, Any]]:
     return warnings
 
 
+def _warnings_of_task(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, Any]]:
+    """What a model of this task does not do, or is not measured by."""
+    task, evaluation = architecture_of(facts.config).task, submission.recipe.evaluation
+    has_accuracy = labels_of(evaluation, facts.config) is not None
+    said = []
+    if submission.constraints.min_accuracy is not None and not has_accuracy:
+        reason = "its data has no labels" if task == "classification" else "the model is no classifier"
+        message = f"The evaluation measures no accuracy, because {reason}: min_accuracy is not checked."
+        said.append(("constraint_not_applicable", message, "constraints.min_accuracy"))
+    if submission.constraints.max_perplexity_ratio is not None and task == "classification":
+        message = "A classifier has no perplexity: max_perplexity_ratio is not checked."
+        said.append(("constraint_not_applicable", message, "constraints.max_perplexity_ratio"))
+    if has_labels(evaluation) and not has_accuracy:
+        field = "label_field" if evaluation.label_field is not None else "dataset.labels"
+        message = "The model is no classifier: the labels of the evaluation text are not used."
+        said.append(("labels_not_applicable", message, f"recipe.evaluation.{field}"))
+    if task != "causal" and evaluation.prompt != Evaluation().prompt:
+        message = "An encoder does not go on with a prompt: it is not used."
+        said.append(("prompt_not_applicable", message, "recipe.evaluation.prompt"))
+    return [{"code": code, "message": message, "param": param} for code, message, param in said]
+
+
 def _artifact_of(model_id: str, tenant_id: str, database: Database, storage: Storage) -> ArtifactFacts | None:
     """The files of the earlier result that ``job:ID`` names; None for other ids, or where there is none."""
     model = parse_model_id(model_id)
@@ -209,7 +223,7 @@ def _artifact_of(model_id: str, tenant_id: str, database: Database, storage: Sto
     return ArtifactFacts({file.path: file.size_bytes for file in files}, read_file)
 
 
-def _check_datasets(recipe: Recipe, settings: Settings) -> None:
+def _check_datasets(recipe: Recipe, facts: ModelFacts, settings: Settings) -> None:
     for name in ("calibration", "training", "evaluation"):
         part = getattr(recipe, name)
         if part is not None:
@@ -218,6 +232,7 @@ def _check_datasets(recipe: Recipe, settings: Settings) -> None:
                 f"recipe.{name}.dataset",
                 settings.model_roots,
                 text_field=part.text_field,
+                labels=labels_of(part, facts.config) if isinstance(part, Evaluation) else None,
                 timeout_seconds=settings.hub_timeout_seconds,
             )
 

@@ -143,7 +143,7 @@ def new_job(tenant_id: str, submission: JobSubmission, facts: ModelFacts, defaul
         priority=submission.priority,
         timeout_seconds=submission.timeout_seconds,
         metadata_=submission.metadata,
-        warnings=preflight.warnings_of(submission),
+        warnings=preflight.warnings_of(submission, facts),
         stages=[
             {"index": index, "technique": stage.technique, "status": "pending", "metrics": {}}
             for index, stage in enumerate(submission.recipe.stages)

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import certified
-from workers.architectures import ARCHITECTURES
+from workers.architectures import ARCHITECTURES, Task
 
 KV = {"num_key_value_heads": 2, "intermediate_size": 128}
+ENCODER = {"intermediate_size": 128, "scale": 8.0}  # post-norms would hide what small linear layers do
+DISTILBERT = {"dim": 64, "hidden_dim": 128, "n_layers": 2, "n_heads": 4, "scale": 8.0}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": KV,
     "mistral": {**KV, "sliding_window": 16},
@@ -25,15 +27,27 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 128},
     "gpt2": {},
 }
-VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, config) for name, config in CONFIGS.items()},
-    "llama-untied": ("llama", {**KV, "tie_word_embeddings": False}),
-    "llama-bias": ("llama", {**KV, "attention_bias": True, "mlp_bias": True}),
-    "opt-350m": ("opt", {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
-    "gpt_neox-serial": ("gpt_neox", {"intermediate_size": 128, "use_parallel_residual": False}),
+ENCODER_CONFIGS: dict[str, dict[str, Any]] = {"bert": ENCODER, "roberta": ENCODER, "distilbert": DISTILBERT}
+VARIANTS: dict[str, tuple[str, Task, dict[str, Any]]] = {
+    **{name: (name, "causal", config) for name, config in CONFIGS.items()},
+    "llama-untied": ("llama", "causal", {**KV, "tie_word_embeddings": False}),
+    "llama-bias": ("llama", "causal", {**KV, "attention_bias": True, "mlp_bias": True}),
+    "opt-350m": ("opt", "causal", {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "gpt_neox-serial": ("gpt_neox", "causal", {"intermediate_size": 128, "use_parallel_residual": False}),
+    **{f"{name}-masked": (name, "masked", config) for name, config in ENCODER_CONFIGS.items()},
+    **{
+        f"{name}-classes": (name, "classification", {**config, "num_labels": 3})
+        for name, config in ENCODER_CONFIGS.items()
+    },
+    "bert-untied": ("bert", "masked", {**ENCODER, "tie_word_embeddings": False}),
+    "roberta-untied": ("roberta", "masked", {**ENCODER, "tie_word_embeddings": False}),
+    "bert-chunked": ("bert", "classification", {**ENCODER, "chunk_size_feed_forward": 4}),
 }
 # The rest of the tests run on Llamas, and these go the same ways.
-LIKE_OTHERS = {"llama", "llama-untied", "llama-bias", "qwen2", "gpt_neox-serial"}
+LIKE_OTHERS = {
+    "llama", "llama-untied", "llama-bias", "qwen2", "gpt_neox-serial",
+    "roberta-classes", "distilbert-masked", "bert-untied", "roberta-untied", "bert-chunked",
+}  # fmt: skip
 SPARSE_INT4: list[dict[str, Any]] = [
     {"technique": "sparsegpt", "sparsity": 0.3},
     {"technique": "gptq", "scheme": "W4A16", "group_size": 32},
@@ -56,7 +70,7 @@ EACH: list[dict[str, Any]] = [
 
 
 def test_every_architecture_is_tried() -> None:
-    assert set(CONFIGS) == set(ARCHITECTURES)
+    assert {(model_type, task) for model_type, task, _ in VARIANTS.values()} == set(ARCHITECTURES)
 
 
 @pytest.mark.parametrize(
@@ -73,27 +87,29 @@ def test_every_architecture_is_tried() -> None:
 def test_a_result_gives_the_logits_that_were_computed(
     variant: str, stages: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    model_type, config = VARIANTS[variant]
+    model_type, task, config = VARIANTS[variant]
+    row = ARCHITECTURES[model_type, task]
     recipe: dict[str, Any] = {"stages": stages}
-    if ARCHITECTURES[model_type].is_transposed and stages[0].get("scheme") != "NF4":
+    if row.is_transposed and stages[0].get("scheme") != "NF4":
         recipe["output"] = {"format": "safetensors"}
         if stages[0]["technique"] in ("smoothquant", "dynamic_int8") or stages[0].get("scheme") == "FP8":
             pytest.skip("a format without codes cannot say that activations are quantized")
-    write_tiny_model(tmp_path / "model", model_type, **config)
+    write_tiny_model(tmp_path / "model", model_type, task=task, **config)
     attempt = certified(tmp_path / "work", tmp_path / "model", recipe)
     layers = attempt.report["stages"][0]["layers"]
-    assert len([name for name in layers if name.startswith(ARCHITECTURES[model_type].blocks)]) == 2 * len(
-        ARCHITECTURES[model_type].linear_layers
-    )
-    assert attempt.report["quality"]["perplexity"] > 1
+    assert len([name for name in layers if name.startswith(row.blocks)]) == 2 * len(row.linear_layers)
+    assert set(layers) - {name for name in layers if name.startswith(row.blocks)} <= set(row.vocabulary_matrices)
+    quality = attempt.report["quality"]
+    assert quality["perplexity"] is None if task == "classification" else quality["perplexity"] > 1
+    assert quality["kl_divergence"] > 0
 
 
 @pytest.mark.parametrize(
     "variant", [pytest.param(name, marks=[pytest.mark.long] if name in LIKE_OTHERS else []) for name in VARIANTS]
 )
 def test_the_loader_of_an_archive_opens_it(variant: str, tmp_path: Path) -> None:
-    model_type, config = VARIANTS[variant]
-    write_tiny_model(tmp_path / "model", model_type, **config)
+    model_type, task, config = VARIANTS[variant]
+    write_tiny_model(tmp_path / "model", model_type, task=task, **config)
     recipe = {"stages": [{"technique": "magnitude", "sparsity": 0.5}], "output": {"format": "sparse-bitmask"}}
     attempt = certified(tmp_path / "work", tmp_path / "model", recipe)
     assert attempt.report["size"]["compression_ratio"] > 1

@@ -11,7 +11,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from workers.architectures import ARCHITECTURES
+from workers.architectures import row_of
 from workers.errors import UserError
 
 _PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
@@ -31,7 +31,7 @@ class Checkpoint:
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._file_of: dict[str, Path] = {}
         self._stored_name: dict[str, str] = {}
-        row = ARCHITECTURES.get(str(self.config.get("model_type")))
+        row = row_of(self.config)
         for path in sorted(folder.glob("*.safetensors")):
             with safe_open(path, framework="pt") as file:
                 for stored in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -43,9 +43,8 @@ class Checkpoint:
     @property
     def max_positions(self) -> int:
         """The longest sequence that the model was made for."""
-        row = ARCHITECTURES.get(str(self.config.get("model_type")))
-        name = "max_position_embeddings" if row is None else row.size("max_position_embeddings")
-        return int(self.config.get(name) or sys.maxsize)
+        row = row_of(self.config)
+        return (row and row.max_positions(self.config)) or sys.maxsize
 
     def names(self, prefix: str = "") -> list[str]:
         """Names of stored tensors that begin with ``prefix``, sorted."""

@@ -10,7 +10,7 @@ greenlet: a stack of its own, resumed where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,9 +33,9 @@ class Stop:
 class ForwardPass:
     """One batch on its way through a model with gates."""
 
-    def __init__(self, model: nn.Module, input_ids: Tensor) -> None:
+    def __init__(self, model: nn.Module, input_ids: Tensor, options: Mapping[str, Any] | None = None) -> None:
         self.input_shape = input_ids.shape  # batch × tokens
-        self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, use_cache=False).logits)
+        self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, **(options or {})).logits)
 
     def advance_to(self, name: str) -> Tensor:
         """Go on to the stop called ``name``, past any other, and return the input there."""
@@ -46,7 +46,7 @@ class ForwardPass:
                 return reached.inputs
 
     def finish(self) -> Tensor:
-        """Go on to the end, past any stop, and return the logits: batch × tokens × vocabulary."""
+        """Go on to the end, past any stop, and return the logits: batch × tokens × vocabulary, or batch × classes."""
         while True:
             reached = self._go_on()
             if isinstance(reached, Tensor):

@@ -30,10 +30,10 @@ class Outer:
     def write(self) -> None:
         """Round what the recipe wants rounded, and write the part. A head tied to the embedding is stored once."""
         checkpoint, architecture = self._skeleton.checkpoint, self._skeleton.architecture
-        tied = architecture.is_tied(checkpoint.config)
+        tied = architecture.tied_parameters(checkpoint.config)
         tensors: dict[str, Tensor] = {}
         for name in checkpoint.parameters():
-            if name.startswith(architecture.blocks + ".") or (tied and name.startswith(architecture.head + ".")):
+            if name.startswith(architecture.blocks + ".") or name in tied:
                 continue
             module = name.removesuffix(".weight")
             if self._is_rounded(module):
@@ -63,7 +63,7 @@ class Outer:
         architecture, options = self._skeleton.architecture, self._recipe.quantization
         if options is None or not options.embeddings or options.ignores(module):
             return False
-        return module in (architecture.embedding, architecture.head)
+        return module in architecture.vocabulary_matrices
 
     def _rounded(self, module: str) -> dict[str, Tensor]:
         """The tensors that the artifact stores for the weight of ``module``, by their names in it."""

@@ -54,7 +54,7 @@ class Streamed:
 
     outer: PartResult
     blocks: list[PartResult] = field(default_factory=list)
-    # float32, tokens × vocabulary: what the artifact has to give on the probe
+    # float32, sequences × tokens × vocabulary, or sequences × classes: what the artifact has to give on the probe
     probe_logits: Tensor = field(default_factory=lambda: torch.empty(0))
     seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
 

@@ -9,13 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from workers.architectures import Architecture
+from workers.architectures import AUTO_CLASSES, Architecture
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.forward import ForwardPass
 from workers.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -28,7 +30,7 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
-        self.model = _empty_model(checkpoint.folder)
+        self.model = _empty_model(checkpoint.folder, architecture)
         self._move_buffers()
         self._check_names()
         self._check_shapes()
@@ -36,11 +38,11 @@ class Skeleton:
 
     @property
     def num_blocks(self) -> int:
-        """How many decoder blocks there are."""
+        """How many blocks there are."""
         return len(self.model.get_submodule(self.architecture.blocks))
 
     def block_name(self, index: int) -> str:
-        """Name of a decoder block: ``model.layers.12``."""
+        """Name of a block: ``model.layers.12``."""
         return f"{self.architecture.blocks}.{index}"
 
     @property
@@ -62,6 +64,10 @@ class Skeleton:
         """A part of the model by name."""
         module: nn.Module = self.model.get_submodule(name)
         return module
+
+    def forward_pass(self, input_ids: Tensor) -> ForwardPass:
+        """A batch (sequences × tokens) before its way through the model."""
+        return ForwardPass(self.model, input_ids.to(self.device), self.architecture.call_options)
 
     def linear_weight(self, name: str) -> Tensor:
         """The weight of a loaded linear layer, out_features × in_features whatever way its module has it."""
@@ -88,13 +94,10 @@ class Skeleton:
 
     def load_head(self) -> None:
         """Load the output head, which may be the embedding's matrix."""
-        name = f"{self.architecture.head}.weight"
-        tied = self.architecture.is_tied(self.checkpoint.config)
-        source = f"{self.architecture.embedding}.weight" if tied else name
-        self.assign(name, self._read(source, self.model.get_parameter(name).shape))
-        bias = f"{self.architecture.head}.bias"
-        if bias in self.checkpoint.parameters(self.architecture.head):
-            self.assign(bias, self._read(bias, self.model.get_parameter(bias).shape))
+        tied = self.architecture.tied_parameters(self.checkpoint.config)
+        for parameter_name, parameter in self.module(self.architecture.head).named_parameters():
+            name = f"{self.architecture.head}.{parameter_name}"
+            self.assign(name, self._read(tied.get(name, name), parameter.shape))
 
     def unload(self, prefix: str) -> None:
         """Give back the memory of the module ``prefix``."""
@@ -158,20 +161,21 @@ class Skeleton:
                 raise _wrong_shape(name, shape, list(parameter.shape))
 
     def _check_tied_head(self) -> None:
-        """Raise UserError ``checkpoint_mismatch`` for a head that is said to be the embedding, and is not.
+        """Raise UserError ``checkpoint_mismatch`` for a head that is said to be another parameter, and is not.
 
         Loaders disagree on such a checkpoint: transformers keeps the stored head, others take the embedding.
         """
-        head, embedding = (f"{name}.weight" for name in (self.architecture.head, self.architecture.embedding))
-        if not self.architecture.is_tied(self.checkpoint.config) or head not in self.checkpoint.parameters(head):
-            return
-        if not torch.equal(self.checkpoint.parameter(head), self.checkpoint.parameter(embedding)):
-            raise UserError(
-                "checkpoint_mismatch",
-                f"config.json ties the head to the embedding, and {head} differs from {embedding}.",
-                param="model.id",
-                hint="Set tie_word_embeddings to false, or leave the head out of the checkpoint.",
-            )
+        stored = set(self.checkpoint.parameters())
+        for head, source in self.architecture.tied_parameters(self.checkpoint.config).items():
+            if not {head, source} <= stored:
+                continue
+            if not torch.equal(self.checkpoint.parameter(head), self.checkpoint.parameter(source)):
+                raise UserError(
+                    "checkpoint_mismatch",
+                    f"config.json ties the head to the embedding, and {head} differs from {source}.",
+                    param="model.id",
+                    hint="Set tie_word_embeddings to false, or leave the head out of the checkpoint.",
+                )
 
     def _move_buffers(self) -> None:
         """Rotary frequencies and the like are computed from the config, not stored."""
@@ -193,13 +197,15 @@ def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor
     return hidden_states
 
 
-def _empty_model(folder: Path) -> Any:
+def _empty_model(folder: Path, architecture: Architecture) -> Any:
     """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
-    auto: Any = AutoModelForCausalLM
+    auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
+        # The same in one piece: a pass stops once at each layer.
+        config.chunk_size_feed_forward = 0
         with init_empty_weights(include_buffers=False):
             model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
     except Exception as error:

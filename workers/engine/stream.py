@@ -46,24 +46,24 @@ class Stream:
         self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
 
     @torch.inference_mode()
-    def run(self, calibration: Tensor | None, probe: Tensor) -> Streamed:
+    def run(self, calibration: Sequence[Tensor], probe: Tensor) -> Streamed:
         """Compress every block that the journal does not have.
 
-        ``calibration`` is samples × tokens, or None; ``probe`` a row of token ids, which passes through the compressed
-        blocks only, so that its logits are what the artifact has to give.
+        ``calibration`` holds samples × tokens for each length of samples, and nothing where no stage needs it;
+        ``probe`` is sequences × tokens, which pass through the compressed blocks only, so that their logits are what
+        the artifact has to give.
         """
         skeleton, architecture = self.skeleton, self.skeleton.architecture
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
         stops = set(blocks)
-        if calibration is not None:
+        if calibration:
             stops |= {f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups}
         gated = [*blocks, *(f"{block}.{layer}" for block in blocks for layer in architecture.linear_layers)]
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
-        probe_pass = ForwardPass(skeleton.model, probe.unsqueeze(0).to(skeleton.device))
-        passes = [] if calibration is None else self._passes(calibration)
+        probe_pass = skeleton.forward_pass(probe)
+        passes = [skeleton.forward_pass(ids) for samples in calibration for ids in _batches(samples)]
         everyone = [*passes, probe_pass]
         if self.recipe.allocates:
-            assert calibration is not None
             with self._timed("allocate"):
                 self._sparsities = self.journal.once(
                     "sparsities",
@@ -144,12 +144,6 @@ class Stream:
         for number, each in enumerate(hidden):
             self.journal.keep(index + 1, number, each)
         self.journal.finish_block(index, self.result.blocks[index].to_json(), [each.shape for each in hidden])
-
-    def _passes(self, calibration: Tensor) -> list[ForwardPass]:
-        samples = max(1, TOKENS_PER_PASS // calibration.shape[1])
-        return [
-            ForwardPass(self.skeleton.model, ids.to(self.skeleton.device)) for ids in torch.split(calibration, samples)
-        ]
 
     def _compress_block(self, index: int, blocks: list[str], passes: list[ForwardPass]) -> list[Layer]:
         """Solve every layer of a block, each group of them as soon as its input is there."""
@@ -273,10 +267,10 @@ class Stream:
         return tensors
 
     def _finish(self, probe_pass: ForwardPass) -> Tensor:
-        """The probe's logits, from the last block through the final norm and the head."""
+        """The probe's logits, from the last block through what follows it and the head."""
         skeleton = self.skeleton
         self._outer.load_after_blocks()
-        logits = probe_pass.finish()[0].cpu()
+        logits = probe_pass.finish().cpu()
         skeleton.unload(skeleton.architecture.head)
         if not bool(torch.isfinite(logits).all()):
             raise UserError(
@@ -292,3 +286,8 @@ class Stream:
         begin = time.perf_counter()
         yield
         self.result.seconds[what] += time.perf_counter() - begin
+
+
+def _batches(samples: Tensor) -> Sequence[Tensor]:
+    """Samples × tokens, as many at a time as one pass takes."""
+    return torch.split(samples, max(1, TOKENS_PER_PASS // samples.shape[1]))

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from workers.engine.device import release_memory
-from workers.engine.forward import ForwardPass, Gate
+from workers.engine.forward import Gate
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
+from workers.engine.text import part_of
 from workers.solvers.allocation import ErrorCurve, allocate, error_curve
 from workers.techniques import PruningOptions, StageOptions
 
@@ -23,11 +24,11 @@ Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fr
 
 
 def allocate_sparsities(
-    skeleton: Skeleton, stages: Sequence[StageOptions], calibration: Tensor, progress: Progress
+    skeleton: Skeleton, stages: Sequence[StageOptions], calibration: Sequence[Tensor], progress: Progress
 ) -> list[dict[str, float]]:
     """The sparsity of each layer by stage; of stages that give all layers the same one, nothing.
 
-    ``calibration`` is samples × tokens; blocks are loaded one at a time.
+    ``calibration`` holds samples × tokens for each length of samples; blocks are loaded one at a time.
     """
     curves = _survey(skeleton, calibration, progress)
     sparsities: list[dict[str, float]] = []
@@ -42,18 +43,18 @@ def allocate_sparsities(
 
 
 @torch.inference_mode()
-def _survey(skeleton: Skeleton, calibration: Tensor, progress: Progress) -> dict[str, ErrorCurve]:
-    """The error curve of every linear layer of the blocks, on the first samples of ``calibration``."""
+def _survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress) -> dict[str, ErrorCurve]:
+    """The error curve of every linear layer of the blocks, on a part of the samples of ``calibration``."""
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
     stops = [*blocks, *(f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups)]
     gates = [Gate(name, skeleton.module(name), stops=True) for name in stops]
-    samples = calibration[: max(1, NUM_TOKENS // calibration.shape[1])]
-    each = ForwardPass(skeleton.model, samples.to(skeleton.device))
+    passes = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_TOKENS)]
     outer = skeleton.present(architecture.before_blocks)
     for name in outer:
         skeleton.load(name)
-    each.advance_to(blocks[0])
+    for each in passes:
+        each.advance_to(blocks[0])
     for name in outer:
         skeleton.unload(name)
     curves = {}
@@ -65,15 +66,17 @@ def _survey(skeleton: Skeleton, calibration: Tensor, progress: Progress) -> dict
             statistics = InputStatistics(
                 leader, skeleton.linear_weight(leader).shape[1], frozenset({"input_norms"}), skeleton.device
             )
-            statistics.add(each.advance_to(leader))
+            for each in passes:
+                statistics.add(each.advance_to(leader))
             statistics.finish()
             for layer in group:
                 name = f"{block}.{layer}"
                 curves[name] = error_curve(skeleton.linear_weight(name), statistics.input_norms)
-        if index + 1 < len(blocks):
-            each.advance_to(blocks[index + 1])
-        else:
-            each.abandon()
+        for each in passes:
+            if index + 1 < len(blocks):
+                each.advance_to(blocks[index + 1])
+            else:
+                each.abandon()
         skeleton.unload(block)
         release_memory()
     for gate in gates:

@@ -1,9 +1,8 @@
-"""How close a model is to its original on held-out text: perplexity, divergence, agreement, each with its error."""
+"""How close a language model is to its original on held-out text: perplexity, divergence, agreement, with errors."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,19 +10,21 @@ import torch
 from torch import Tensor
 
 from workers.errors import UserError
+from workers.evaluation.estimates import mean_with_error, perplexity
 
-# Neighbouring tokens are alike, so errors are taken over the means of runs of tokens (batch means).
-TOKENS_PER_BATCH_MEAN = 128
+# Of the tokens of a window that are no special ones, as many are masked as in BERT's training (Devlin et al. 2019).
+MASKED_FRACTION = 0.15
 _TOKENS_AT_A_TIME = 256
 _LARGEST_LOSS = 700.0  # its exponential is about the largest float64
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A mean over tokens, and its standard error."""
+class Window:
+    """Token ids that both models read, and what is asked of them there."""
 
-    value: float
-    standard_error: float
+    ids: Tensor
+    positions: Tensor  # of the logits that are scored
+    targets: Tensor  # the token that each of them should find
 
 
 @dataclass(frozen=True)
@@ -32,16 +33,16 @@ class TokenMeasures:
 
     num_windows: int
     max_seq_length: int  # tokens of the longest window
-    original_loss: Tensor  # −log p of the true next token, nats
+    original_loss: Tensor  # −log p of the true token, nats
     loss: Tensor
     divergence: Tensor  # KL(original ‖ artifact), nats
     agreement: Tensor  # 1 where both find the same token most likely
 
     def to_report(self) -> dict[str, Any]:
         """The ``quality`` part of a report."""
-        original, artifact = _perplexity(self.original_loss), _perplexity(self.loss)
+        original, artifact = perplexity(self.original_loss), perplexity(self.loss)
         # Both models read the same tokens: the error of their ratio comes from the paired differences.
-        ratio = _perplexity(self.loss - self.original_loss)
+        ratio = perplexity(self.loss - self.original_loss)
         divergence, agreement = mean_with_error(self.divergence), mean_with_error(self.agreement)
         return {
             "num_tokens": self.loss.numel(),
@@ -60,13 +61,79 @@ class TokenMeasures:
         }
 
 
-def windows_of(ids: Tensor, num_tokens: int, max_seq_length: int) -> list[Tensor]:
-    """Consecutive windows of token ids, without overlap; the last may be shorter.
+def windows_of(ids: Tensor, num_tokens: int, max_seq_length: int) -> list[Window]:
+    """Consecutive windows of a text, without overlap, each scored from its second token on; the last may be shorter.
 
     Raises:
         UserError: ``empty_dataset`` where no window has two tokens, one to read and one to score.
     """
-    windows = [window for window in torch.split(ids[:num_tokens], max_seq_length) if window.numel() > 1]
+    cut = [window for window in torch.split(ids[:num_tokens], max_seq_length) if window.numel() > 1]
+    return _not_empty([Window(ids, torch.arange(ids.numel() - 1), ids[1:]) for ids in cut])
+
+
+def masked_windows(sequences: list[Tensor], mask_token: int, special_tokens: frozenset[int]) -> list[Window]:
+    """The sequences with a part of their tokens masked, scored there: Salazar et al. 2020, but for many at a time.
+
+    Which ones is the same for every model and recipe, so that results compare.
+
+    Raises:
+        UserError: ``empty_dataset`` where all tokens are special ones.
+    """
+    windows = []
+    for number, ids in enumerate(sequences):
+        ordinary = torch.tensor([index for index, token in enumerate(ids.tolist()) if token not in special_tokens])
+        if not ordinary.numel():
+            continue
+        shuffled = torch.randperm(ordinary.numel(), generator=torch.Generator().manual_seed(number))
+        chosen = ordinary[shuffled[: max(1, round(MASKED_FRACTION * ordinary.numel()))].sort().values]
+        windows.append(Window(ids.index_fill(0, chosen, mask_token), chosen, ids[chosen]))
+    return _not_empty(windows)
+
+
+@torch.inference_mode()
+def measure(
+    original: Any,
+    artifact: Any,
+    windows: list[Window],
+    progress: Callable[[float], None],
+    options: Mapping[str, Any] | None = None,
+) -> TokenMeasures:
+    """Run both models over the windows; ``options`` are what they are called with beside token ids.
+
+    Raises:
+        UserError: ``non_finite_evaluation`` where a model gives NaN or infinity.
+    """
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for number, window in enumerate(windows):
+        ids = window.ids.unsqueeze(0).to(original.device)
+        before = original(input_ids=ids, **(options or {})).logits[0]
+        after = artifact(input_ids=ids, **(options or {})).logits[0]
+        for chunk in torch.split(torch.arange(window.positions.numel()), _TOKENS_AT_A_TIME):
+            positions, targets = (each[chunk].to(original.device) for each in (window.positions, window.targets))
+            parts.append(_compare(before[positions].float(), after[positions].float(), targets))
+        progress((number + 1) / len(windows))
+    measures = TokenMeasures(
+        len(windows),
+        max(window.ids.numel() for window in windows),
+        *(torch.cat(values) for values in zip(*parts, strict=True)),
+    )
+    check_finite(measures.original_loss, measures.loss)
+    return measures
+
+
+def check_finite(original: Tensor, artifact: Tensor) -> None:
+    """Raise UserError ``non_finite_evaluation`` for losses or logits of a model that mean nothing."""
+    for name, values in (("original", original), ("compressed model", artifact)):
+        if not bool(torch.isfinite(values).all()) or float(values.mean()) > _LARGEST_LOSS:
+            raise UserError(
+                "non_finite_evaluation",
+                f"The {name} gives NaN, infinity or a perplexity beyond all numbers on the evaluation text.",
+                param="recipe.evaluation",
+                hint="Check the checkpoint on this text, or choose a milder recipe.",
+            )
+
+
+def _not_empty(windows: list[Window]) -> list[Window]:
     if not windows:
         raise UserError(
             "empty_dataset",
@@ -75,39 +142,6 @@ def windows_of(ids: Tensor, num_tokens: int, max_seq_length: int) -> list[Tensor
             hint="Give longer text; the model may have too few positions.",
         )
     return windows
-
-
-@torch.inference_mode()
-def measure(original: Any, artifact: Any, windows: list[Tensor], progress: Callable[[float], None]) -> TokenMeasures:
-    """Run both models over the windows, each scored from its second token on.
-
-    Raises:
-        UserError: ``non_finite_evaluation`` where a model gives NaN or infinity.
-    """
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for number, window in enumerate(windows):
-        ids = window.unsqueeze(0).to(original.device)
-        before = original(input_ids=ids, use_cache=False).logits[0, :-1]
-        after = artifact(input_ids=ids, use_cache=False).logits[0, :-1]
-        targets = ids[0, 1:]
-        for first in range(0, targets.numel(), _TOKENS_AT_A_TIME):
-            chunk = slice(first, first + _TOKENS_AT_A_TIME)
-            parts.append(_compare(before[chunk].float(), after[chunk].float(), targets[chunk]))
-        progress((number + 1) / len(windows))
-    measures = TokenMeasures(
-        len(windows),
-        max(window.numel() for window in windows),
-        *(torch.cat(values) for values in zip(*parts, strict=True)),
-    )
-    for name, values in (("original", measures.original_loss), ("compressed model", measures.loss)):
-        if not bool(torch.isfinite(values).all()) or float(values.mean()) > _LARGEST_LOSS:
-            raise UserError(
-                "non_finite_evaluation",
-                f"The {name} gives NaN, infinity or a perplexity beyond all numbers on the evaluation text.",
-                param="recipe.evaluation",
-                hint="Check the checkpoint on this text, or choose a milder recipe.",
-            )
-    return measures
 
 
 def _compare(before: Tensor, after: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,18 +155,3 @@ def _compare(before: Tensor, after: Tensor, targets: Tensor) -> tuple[Tensor, Te
         divergence.double().cpu(),
         agreement.double().cpu(),
     )
-
-
-def mean_with_error(values: Tensor) -> Estimate:
-    """The mean of a sequence (float64) and its standard error by batch means (Flegal & Jones 2010)."""
-    size = min(TOKENS_PER_BATCH_MEAN, max(1, values.numel() // 2))
-    means = values[: values.numel() // size * size].view(-1, size).mean(dim=-1)
-    error = float(means.std(unbiased=True)) / math.sqrt(means.numel()) if means.numel() > 1 else math.nan
-    return Estimate(float(values.mean()), error)
-
-
-def _perplexity(losses: Tensor) -> Estimate:
-    """The exponential of the mean loss; the error follows by the delta method."""
-    mean = mean_with_error(losses)
-    value = math.exp(mean.value)
-    return Estimate(value, value * mean.standard_error)

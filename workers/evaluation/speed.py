@@ -1,4 +1,4 @@
-"""How fast models answer: first-token latency and tokens a second, measured in turns."""
+"""How fast models answer: first-token latency and tokens a second, written or read, measured in turns."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from workers.errors import CrashError, JobError, is_out_of_memory, model_unusabl
 
 NUM_NEW_TOKENS = 32
 NUM_ROUNDS = 3
+PASSES_A_ROUND = 4  # of an encoder over one sequence
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Medians over the rounds, batch of one, greedy decoding."""
+    """Medians over the rounds, batch of one, greedy decoding; encoders write nothing, and are timed as they read."""
 
-    first_token_seconds: float
+    first_token_seconds: float | None
     tokens_per_second: float
 
 
@@ -50,6 +51,30 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
     return speeds, texts
 
 
+@torch.inference_mode()
+def measure_reading(models: Mapping[str, Any], input_ids: torch.Tensor) -> dict[str, Speed]:
+    """How many tokens of a sequence each model reads in a second; models take turns, and have to be warm."""
+    rates: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(NUM_ROUNDS):
+        for name, model in models.items():
+            begin = time.perf_counter()
+            for _ in range(PASSES_A_ROUND):
+                _read(model, input_ids)
+            rates[name].append(PASSES_A_ROUND * input_ids.numel() / (time.perf_counter() - begin))
+    return {name: Speed(None, statistics.median(values)) for name, values in rates.items()}
+
+
+@torch.inference_mode()
+def check_reads(model: Any, input_ids: torch.Tensor) -> None:
+    """Have the model read a sequence; raises UserError ``model_unusable`` where it cannot."""
+    try:
+        _read(model, input_ids)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise model_unusable(error) from error
+
+
 def check_runs(model: Any, tokenizer: Any, prompt: str) -> None:
     """Have the model continue ``prompt`` by two tokens; raises UserError ``model_unusable`` where it cannot."""
     try:
@@ -58,6 +83,12 @@ def check_runs(model: Any, tokenizer: Any, prompt: str) -> None:
         if isinstance(error, JobError) or is_out_of_memory(error):
             raise
         raise model_unusable(error) from error
+
+
+def _read(model: Any, input_ids: torch.Tensor) -> None:
+    model(input_ids=input_ids.unsqueeze(0).to(model.device))
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def _generate(model: Any, inputs: Any, num_tokens: int) -> torch.Tensor:

@@ -2,55 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import transformers
+from transformers import AutoTokenizer
 
+from workers.architectures import AUTO_CLASSES, Architecture, architecture_of
 from workers.errors import CrashError
 from workers.formats import bitsandbytes
 from workers.formats.sparse_bitmask import loader_of
-from workers.recipe import Format
-
-_SNIPPET = """\
-# pip install {packages}
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("path/to/artifact")
-tokenizer = AutoTokenizer.from_pretrained("path/to/artifact")
-inputs = tokenizer("Hello", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
-"""
-_SPARSE_SNIPPET = """\
-# pip install {packages}
-# For plain transformers, write the dense form: python path/to/artifact/load_sparse.py path/to/artifact dense
-import sys
-
-from transformers import AutoTokenizer
-
-sys.path.insert(0, "path/to/artifact")
-from load_sparse import load_model
-
-model = load_model("path/to/artifact")
-tokenizer = AutoTokenizer.from_pretrained("path/to/artifact")
-inputs = tokenizer("Hello", return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=32)[0]))
-"""
-_PACKAGES: dict[Format, str] = {
-    "safetensors": "torch transformers",
-    "compressed-tensors": "torch transformers compressed-tensors",
-    "bitsandbytes": "torch transformers accelerate bitsandbytes",
-    "sparse-bitmask": "torch transformers",
-}
-
-
-def load_snippet(output_format: Format) -> str:
-    """Python that opens an artifact, with what has to be installed for it."""
-    snippet = _SPARSE_SNIPPET if output_format == "sparse-bitmask" else _SNIPPET
-    return snippet.format(packages=_PACKAGES[output_format])
 
 
 @dataclass(frozen=True)
@@ -60,6 +25,8 @@ class Opened:
     model: Any
     tokenizer: Any
     load_seconds: float
+    architecture: Architecture
+    max_positions: int | None  # tokens of the longest sequence; None where the config sets no limit
 
 
 def open_checkpoint(folder: Path, device: torch.device) -> Opened:
@@ -68,19 +35,23 @@ def open_checkpoint(folder: Path, device: torch.device) -> Opened:
     Raises:
         CrashError: ``artifact_incomplete`` where transformers misses a weight or finds one that it does not know.
     """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = architecture_of(config)
+    auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
     begin = time.perf_counter()
-    auto: Any = AutoModelForCausalLM
     model, info = auto.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, local_files_only=True
     )
     bitsandbytes.to_float32(model)
     model.to(device).eval()
     seconds = time.perf_counter() - begin
+    # Old checkpoints hold more than the model has: what the architecture leaves out, no loader needs.
+    info["unexpected_keys"] = [name for name in info["unexpected_keys"] if architecture.canonical(name) is not None]
     wrong = {key: sorted(info[key])[:5] for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if info[key]}
     if wrong:
         raise CrashError("artifact_incomplete", f"{folder.name} does not hold what its config calls for: {wrong}")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    return Opened(model, tokenizer, seconds)
+    return Opened(model, tokenizer, seconds, architecture, architecture.max_positions(config))
 
 
 def open_archive(folder: Path, device: torch.device) -> Opened:
@@ -89,10 +60,13 @@ def open_archive(folder: Path, device: torch.device) -> Opened:
     Raises:
         CrashError: ``artifact_incomplete`` where that refuses a file, or misses a weight.
     """
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    architecture = architecture_of(config)
     begin = time.perf_counter()
     try:
         model = loader_of(folder).load_model(folder, dtype=torch.float32).to(device)
     except ValueError as error:
         raise CrashError("artifact_incomplete", f"{folder.name} is refused by its own loader: {error}") from error
     seconds = time.perf_counter() - begin
-    return Opened(model, AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True), seconds)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    return Opened(model, tokenizer, seconds, architecture, architecture.max_positions(config))

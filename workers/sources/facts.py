@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from workers.architectures import ARCHITECTURES, Architecture, may_be_causal
+from workers.architectures import Architecture, row_of
 from workers.errors import UserError
 from workers.sources.safetensors_header import TensorInfo
 
@@ -53,15 +53,16 @@ class ModelFacts:
 
 def without_tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The tensors but for a head that is stored beside the embedding it is tied to: they are one parameter."""
-    row = _row(config)
-    if row is None or not row.is_tied(config) or not _embedding(row, tensors):
+    row = row_of(config)
+    if row is None or not _embedding(row, tensors):
         return dict(tensors)
-    return {name: tensor for name, tensor in tensors.items() if not name.startswith(f"{row.head}.")}
+    tied = tuple(row.tied_parameters(config))
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith(tied)}
 
 
 def canonical(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     """The parameters among the tensors, by the names that the model has for them."""
-    row = _row(config)
+    row = row_of(config)
     if row is None:
         return dict(tensors)
     return {name: tensor for stored, tensor in tensors.items() if (name := row.canonical(stored)) is not None}
@@ -80,7 +81,7 @@ def count_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo
 
 def linear_in_features(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> tuple[int, ...]:
     """The distinct input widths of the blocks' linear layers; empty for an architecture that is not in the table."""
-    row = _row(config)
+    row = row_of(config)
     if row is None:
         return ()
     widths = set()
@@ -103,7 +104,7 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
         _check_quantization(quantization)
         if not any(name.endswith(_BOOKKEEPING) for name in tensors):
             raise _invalid("quantization_config is there, and no tensor is quantized")
-    row = _row(config)
+    row = row_of(config)
     if row is None:
         return
     for size in (*_SIZES, *_OPTIONAL_SIZES):
@@ -163,12 +164,6 @@ def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, Tens
                 raise _missing(f"{name}.weight")
             if len(tensor.shape) != 2 or 0 in tensor.shape:
                 raise _invalid(f"{name} has the shape {tensor.shape}, not that of a linear layer")
-
-
-def _row(config: Mapping[str, Any]) -> Architecture | None:
-    if not may_be_causal(config.get("architectures") or []):
-        return None
-    return ARCHITECTURES.get(str(config.get("model_type")))
 
 
 def _codes_a_word(config: Mapping[str, Any]) -> int:

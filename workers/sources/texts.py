@@ -12,8 +12,17 @@ from typing import Any, Protocol, Self
 
 from workers.errors import JobError, UserError
 from workers.recipe import BUILTIN_DATASET, Calibration, Dataset, Evaluation, InlineDataset, Recipe
-from workers.sources.datasets import builtin_sha256, describe, empty_dataset, load_texts, located, parse_hub_dataset
+from workers.sources.datasets import (
+    Document,
+    builtin_sha256,
+    describe,
+    empty_dataset,
+    load_documents,
+    located,
+    parse_hub_dataset,
+)
 from workers.sources.identifiers import parse_file_name
+from workers.sources.labels import Labels
 from workers.sources.passages import Passages
 
 # Enough for any tokenizer: English has 4 to 5 characters a token. More would only cost time.
@@ -24,12 +33,18 @@ _EVALUATION_EVERY = 3
 
 
 def write_texts(
-    recipe: Recipe, folder: Path, model_roots: Sequence[Path], token: str | None = None
+    recipe: Recipe,
+    folder: Path,
+    model_roots: Sequence[Path],
+    token: str | None = None,
+    *,
+    labels: Labels | None = None,
 ) -> dict[str, dict[str, Any] | None]:
     """Write ``evaluation.jsonl``, and ``calibration.jsonl`` if a stage needs it; tell what they hold.
 
     From one source, every third document is evaluation's, whether or not anything is calibrated, so that results
     compare. From two, evaluation leaves out the passages that calibration has, whatever file or layout they come in.
+    With ``labels`` each text of evaluation has its class, and is there whole or not at all.
     Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`.
     """
     calibration, evaluation = recipe.calibration, recipe.evaluation
@@ -39,23 +54,23 @@ def write_texts(
         _TextFile(folder / "calibration.jsonl", calibration_budget) as calibrating,
         _TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
     ):
-        sources = _Sources(model_roots, token)
+        sources = _Sources(model_roots, token, labels)
         if is_one_source(calibration, evaluation) and not evaluation.allow_overlap:
             with _located("recipe.evaluation.dataset"):
-                divide(sources.texts(evaluation), calibrating.add, evaluating.add)
+                divide(sources.documents(evaluation), calibrating.add, evaluating.add)
         else:
             used = Passages()
             if needs_calibration:
                 with _located("recipe.calibration.dataset"):
-                    for text in sources.texts(calibration):
+                    for document in sources.documents(calibration):
                         if not evaluation.allow_overlap:
-                            used.add(text)
-                        if not calibrating.add(text):
+                            used.add(document.text)
+                        if not calibrating.add(document):
                             break
             with _located("recipe.evaluation.dataset"):
-                for text in sources.texts(evaluation):
-                    left = text if evaluation.allow_overlap else used.left_out_of(text)
-                    if not evaluating.add(left, num_removed=len(text) - len(left)):
+                for document in sources.documents(evaluation):
+                    left = document if evaluation.allow_overlap else _left_of(document, used)
+                    if not evaluating.add(left, num_removed=len(document.text) - len(left.text)):
                         break
         if needs_calibration and not calibrating.num_documents:
             raise empty_dataset().at("recipe.calibration.dataset")
@@ -78,45 +93,57 @@ def write_texts(
 class Take(Protocol):
     """One side of the texts."""
 
-    def __call__(self, text: str, /, *, num_removed: int) -> bool:
-        """Take a text that lost so many characters before; False for having enough."""
+    def __call__(self, document: Document, /, *, num_removed: int) -> bool:
+        """Take a document that lost so many characters before; False for having enough."""
         ...
 
 
-def divide(texts: Iterator[str], calibrate: Take, evaluate: Take) -> None:
-    """Give each text to one side, until both have enough. Texts that repeat are dropped.
+def divide(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> None:
+    """Give each document to one side, until both have enough. Texts that repeat are dropped.
 
     A passage belongs to the side that it comes to first, and is left out of the other. Calibration's is remembered
     even when calibration takes no more, so that evaluation never depends on how much that wants.
     """
     wanting = {calibrate: True, evaluate: True}
     used = {calibrate: Passages(), evaluate: Passages()}
-    for text, take, other in _sides(_distinct(texts), calibrate, evaluate):
+    for document, take, other in _sides(_distinct(documents), calibrate, evaluate):
         if take is calibrate or wanting[take]:
-            left = used[other].left_out_of(text)
-            used[take].add(left)
-            wanting[take] = wanting[take] and take(left, num_removed=len(text) - len(left))
+            left = _left_of(document, used[other])
+            used[take].add(left.text)
+            wanting[take] = wanting[take] and take(left, num_removed=len(document.text) - len(left.text))
         if not any(wanting.values()):
             return
 
 
-def _sides(texts: Iterator[str], calibrate: Take, evaluate: Take) -> Iterator[tuple[str, Take, Take]]:
-    """Each text, the side it goes to and the other one.
+def _left_of(document: Document, used: Passages) -> Document:
+    """The document without the other side's passages; a part of a text has not the label of the whole."""
+    left = used.left_out_of(document.text)
+    is_whole = left == document.text
+    return document if is_whole else Document("" if document.label is not None else left, document.label)
 
-    Fewer than three texts are cut instead: their last third is evaluation's.
+
+def _sides(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> Iterator[tuple[Document, Take, Take]]:
+    """Each document, the side it goes to and the other one.
+
+    Fewer than three are cut instead: their last third is evaluation's. With labels, the last one is.
     """
-    first = list(islice(texts, _EVALUATION_EVERY))
+    first = list(islice(documents, _EVALUATION_EVERY))
     if len(first) < _EVALUATION_EVERY:
-        for text in first:
-            position = _cut(text)
-            yield text[:position], calibrate, evaluate
-            yield text[position:], evaluate, calibrate
+        for document in first:
+            if document.label is None:
+                position = _cut(document.text)
+                yield Document(document.text[:position]), calibrate, evaluate
+                yield Document(document.text[position:]), evaluate, calibrate
+            elif document is first[-1]:
+                yield document, evaluate, calibrate
+            else:
+                yield Document(document.text), calibrate, evaluate
         return
-    for index, text in enumerate(chain(first, texts)):
+    for index, document in enumerate(chain(first, documents)):
         if index % _EVALUATION_EVERY == _EVALUATION_EVERY - 1:
-            yield text, evaluate, calibrate
+            yield document, evaluate, calibrate
         else:
-            yield text, calibrate, evaluate
+            yield Document(document.text), calibrate, evaluate
 
 
 class _TextFile:
@@ -136,15 +163,17 @@ class _TextFile:
     def __exit__(self, *_: object) -> None:
         self._file.close()
 
-    def add(self, text: str, *, num_removed: int = 0) -> bool:
-        """Take ``text``, unless it is blank or there is enough already; False when no more is wanted.
+    def add(self, document: Document, *, num_removed: int = 0) -> bool:
+        """Take ``document``, unless it is blank or there is enough already; False when no more is wanted.
 
         ``num_removed`` characters of it were left out for being the other side's.
         """
         if self._num_characters < self._wanted_characters:
             self._num_removed_characters += num_removed
+            text, label = document
             if text.strip():
-                line = json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+                told = {"text": text} if label is None else {"text": text, "label": label}
+                line = json.dumps(told, ensure_ascii=False).encode() + b"\n"
                 self._file.write(line)
                 self._digest.update(line)
                 self._num_characters += len(text)
@@ -164,19 +193,25 @@ class _TextFile:
 class _Sources:
     """Opens datasets, each of the hub pinned to the commit that it has now."""
 
-    def __init__(self, model_roots: Sequence[Path], token: str | None) -> None:
+    def __init__(self, model_roots: Sequence[Path], token: str | None, labels: Labels | None) -> None:
         self._model_roots = model_roots
+        self._labels = labels
         self._token = token
         self._commits: dict[str, str] = {}
 
-    def texts(self, part: Calibration | Evaluation) -> Iterator[str]:
-        """The texts of one part of the recipe."""
+    def documents(self, part: Calibration | Evaluation) -> Iterator[Document]:
+        """The documents of one part of the recipe."""
+        labels = self._labels if isinstance(part, Evaluation) else None
         commit = self._commit(part.dataset)
-        return load_texts(part.dataset, part.text_field, self._model_roots, self._token, commit=commit)
+        return load_documents(
+            part.dataset, part.text_field, self._model_roots, self._token, labels=labels, commit=commit
+        )
 
     def describe(self, part: Calibration | Evaluation) -> dict[str, Any]:
         """Where the texts came from, exactly enough to have them again."""
         told: dict[str, Any] = {"dataset": describe(part.dataset), "text_field": part.text_field}
+        if isinstance(part, Evaluation) and self._labels is not None and self._labels.field is not None:
+            told["label_field"] = self._labels.field
         if part.dataset == BUILTIN_DATASET:
             told["source_sha256"] = builtin_sha256()
         commit = self._commit(part.dataset)
@@ -222,13 +257,13 @@ def _same(dataset: Dataset) -> object:
     return dataset
 
 
-def _distinct(texts: Iterator[str]) -> Iterator[str]:
+def _distinct(documents: Iterator[Document]) -> Iterator[Document]:
     seen: set[bytes] = set()
-    for text in texts:
-        key = hashlib.sha256(text.strip().encode()).digest()
+    for document in documents:
+        key = hashlib.sha256(document.text.strip().encode()).digest()
         if key not in seen:
             seen.add(key)
-            yield text
+            yield document
 
 
 def _cut(text: str) -> int:

@@ -146,3 +146,30 @@ def test_a_report_without_measurements_is_still_shown() -> None:
     output = io.StringIO()
     print_report(Console(file=output), {"model": {"id": "m", "revision": None}})
     assert output.getvalue()
+
+
+def test_a_classifiers_report_shows_accuracy_and_no_perplexity() -> None:
+    quality = {
+        "num_tokens": 20_000,
+        "num_windows": 800,
+        "original_accuracy": 0.9321,
+        "original_accuracy_standard_error": 0.0089,
+        "accuracy": 0.925,
+        "accuracy_standard_error": 0.0093,
+        "accuracy_difference": -0.0071,
+        "accuracy_difference_standard_error": 0.0031,
+        "perplexity": None,
+        "kl_divergence": 0.0123,
+        "kl_divergence_standard_error": None,
+        "top1_agreement": 0.985,
+    }
+    speed = {"load_seconds": 1.5, "first_token_seconds": None, "tokens_per_second": 900.0}
+    report = REPORT | {"task": "classification", "quality": quality, "generation": None}
+    report["speed"] = {"original": speed, "artifact": speed}
+    output = io.StringIO()
+    print_report(Console(file=output, width=140, markup=False), report)
+    text = " ".join(output.getvalue().split())
+    assert "accuracy (800 texts) 0.9321 ± 0.0089 0.9250 ± 0.0093 -0.0071 ± 0.0031" in text
+    assert "same class as the original 98.5 %" in text
+    for absent in ("perplexity (", "first token", "Both continue"):
+        assert absent not in text

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
 
 from app.settings import Settings
 from tests.app.jobs.refusals import Refused
+from tests.models import write_tiny_model
 
 pytestmark = pytest.mark.usefixtures("nothing_happens")
 
@@ -37,16 +39,13 @@ def pickled(folder: Path) -> None:
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
 
 
-def encoder(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "bert", "architectures": ["BertForMaskedLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
+def called(model_type: str, *architectures: str) -> Callable[[Path], None]:
+    def rename(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        config |= {"model_type": model_type, "architectures": list(architectures)}
+        (folder / "config.json").write_text(json.dumps(config))
 
-
-def unsupported(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    config |= {"model_type": "mamba", "architectures": ["MambaForCausalLM"]}
-    (folder / "config.json").write_text(json.dumps(config))
+    return rename
 
 
 def linked_weights(folder: Path) -> None:
@@ -62,8 +61,13 @@ def linked_weights(folder: Path) -> None:
         (without("tokenizer.json"), "tokenizer_missing"),
         (pickled, "pickle_only_model"),
         (truncated, "invalid_safetensors"),
-        (encoder, "not_a_causal_model"),
-        (unsupported, "unsupported_architecture"),
+        (called("bert", "BertModel"), "unsupported_task"),
+        (called("bert"), "unsupported_task"),
+        (called("roberta", "RobertaForTokenClassification"), "unsupported_task"),
+        (called("distilbert", "DistilBertForQuestionAnswering"), "unsupported_task"),
+        (called("llama", "LlamaForSequenceClassification"), "unsupported_task"),
+        (called("mamba", "MambaForCausalLM"), "unsupported_architecture"),
+        (called("albert", "AlbertForMaskedLM"), "unsupported_architecture"),
         (linked_weights, "symlink_refused"),
     ],
 )
@@ -76,6 +80,49 @@ def test_a_damaged_model_is_refused_before_it_is_queued(
     problem = refused(422, model={"id": "file:damaged"})
     shutil.rmtree(folder)
     assert (problem["code"], problem["param"]) == (code, "model.id")
+
+
+@pytest.mark.parametrize(
+    ("model_type", "config"),
+    [
+        ("mixtral", {"num_local_experts": 4, "intermediate_size": 128, "num_key_value_heads": 2}),
+        (
+            "qwen3_moe",
+            {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "num_key_value_heads": 2},
+        ),
+    ],
+)
+def test_a_mixture_of_experts_is_refused_with_what_is_supported(
+    refused: Refused, settings: Settings, model_type: str, config: dict[str, Any]
+) -> None:
+    folder = settings.model_roots[0] / "experts"
+    write_tiny_model(folder, model_type, **config)
+    problem = refused(422, model={"id": "file:experts"})
+    shutil.rmtree(folder)
+    assert (problem["code"], problem["param"]) == ("unsupported_architecture", "model.id")
+    assert "llama" in problem["hint"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"is_decoder": True},
+        {"problem_type": "multi_label_classification"},
+        {"problem_type": "regression", "id2label": {"0": "score"}},
+        {"id2label": {"0": "score"}},
+    ],
+)
+def test_an_encoder_whose_output_is_no_class_is_refused(
+    refused: Refused, settings: Settings, changes: dict[str, Any]
+) -> None:
+    folder = settings.model_roots[0] / "scores"
+    write_tiny_model(folder, "bert", task="classification", intermediate_size=128)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    problem = refused(422, model={"id": "file:scores"})
+    shutil.rmtree(folder)
+    assert (problem["code"], problem["param"]) == ("unsupported_task", "model.id")
+    assert "classifier" in problem["hint"]
 
 
 @pytest.mark.parametrize(

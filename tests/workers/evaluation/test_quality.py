@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from workers.errors import UserError
-from workers.evaluation.quality import TOKENS_PER_BATCH_MEAN, TokenMeasures, mean_with_error, measure, windows_of
+from workers.evaluation.estimates import TOKENS_PER_BATCH_MEAN, mean_with_error
+from workers.evaluation.quality import TokenMeasures, masked_windows, measure, windows_of
 
 
 def test_the_error_of_independent_values_is_the_textbooks() -> None:
@@ -53,13 +54,29 @@ def test_a_perplexity_beyond_all_numbers_is_none() -> None:
             return SimpleNamespace(logits=logits)
 
     with pytest.raises(UserError) as caught:
-        measure(Certain(), Certain(), [torch.tensor([1, 2, 3])], lambda _: None)
+        measure(Certain(), Certain(), windows_of(torch.tensor([1, 2, 3]), 3, 3), lambda _: None)
     assert caught.value.code == "non_finite_evaluation"
 
 
 def test_windows_do_not_overlap_and_have_a_token_to_score() -> None:
     windows = windows_of(torch.arange(21), 21, 10)
-    assert [window.tolist() for window in windows] == [list(range(10)), list(range(10, 20))]
+    assert [window.ids.tolist() for window in windows] == [list(range(10)), list(range(10, 20))]
+    assert [window.targets.tolist() for window in windows] == [list(range(1, 10)), list(range(11, 20))]
     with pytest.raises(UserError) as caught:
         windows_of(torch.arange(5), 5, 1)
+    assert caught.value.code == "empty_dataset"
+
+
+def test_a_seventh_of_the_ordinary_tokens_is_masked_and_always_the_same() -> None:
+    sequences = [torch.tensor([0, *range(10, 50), 2]), torch.tensor([0, 11, 2]), torch.tensor([0, 2])]
+    windows = masked_windows(sequences, 3, frozenset({0, 1, 2, 3}))
+    assert [window.positions.numel() for window in windows] == [6, 1]
+    for window, ids in zip(windows, sequences[:2], strict=True):
+        assert torch.equal(window.targets, ids[window.positions])
+        assert set(window.ids[window.positions].tolist()) == {3}
+        assert torch.equal(window.ids.index_put((window.positions,), window.targets), ids)
+    again = masked_windows(sequences, 3, frozenset({0, 1, 2, 3}))
+    assert all(torch.equal(one.positions, other.positions) for one, other in zip(windows, again, strict=True))
+    with pytest.raises(UserError) as caught:
+        masked_windows(sequences[2:], 3, frozenset({0, 2}))
     assert caught.value.code == "empty_dataset"

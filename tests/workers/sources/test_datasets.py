@@ -12,7 +12,7 @@ import pytest
 
 from workers.errors import JobError, UserError
 from workers.recipe import BUILTIN_DATASET, Dataset, InlineDataset
-from workers.sources.datasets import builtin_sha256, check_dataset, load_texts, parse_hub_dataset
+from workers.sources.datasets import builtin_sha256, check_dataset, load_documents, parse_hub_dataset
 
 PARAM = "recipe.calibration.dataset"
 
@@ -23,7 +23,7 @@ def root(tmp_path: Path) -> Path:
 
 
 def texts(root: Path, dataset: Dataset, text_field: str = "text") -> list[str]:
-    return list(load_texts(dataset, text_field, [root]))
+    return [document.text for document in load_documents(dataset, text_field, [root])]
 
 
 def refused(root: Path, dataset: Dataset, text_field: str = "text") -> tuple[str, str | None]:
@@ -34,7 +34,7 @@ def refused(root: Path, dataset: Dataset, text_field: str = "text") -> tuple[str
 
 
 def test_the_built_in_text_is_prose_of_a_known_release() -> None:
-    documents = list(load_texts(BUILTIN_DATASET, "text", []))
+    documents = texts(Path(), BUILTIN_DATASET)
     assert sum(map(len, documents)) > 300_000
     assert re.fullmatch("[0-9a-f]{64}", builtin_sha256())
     check_dataset(BUILTIN_DATASET, PARAM, [])
@@ -43,7 +43,7 @@ def test_the_built_in_text_is_prose_of_a_known_release() -> None:
 def test_no_paragraph_of_the_built_in_text_appears_twice() -> None:
     paragraphs = [
         " ".join(paragraph.split())
-        for document in load_texts(BUILTIN_DATASET, "text", [])
+        for document in texts(Path(), BUILTIN_DATASET)
         for paragraph in re.split(r"\n[ \t]*\n", document)
     ]
     assert len(set(paragraphs)) == len(paragraphs)
@@ -86,7 +86,7 @@ def test_a_large_file_is_read_only_as_far_as_texts_are_taken(root: Path) -> None
     with (root / "endless.jsonl").open("w") as file:
         file.write('{"text": "first"}\n')
         file.truncate(10**12)
-    assert next(load_texts("file:endless.jsonl", "text", [root])) == "first"
+    assert next(load_documents("file:endless.jsonl", "text", [root])).text == "first"
 
 
 @pytest.mark.parametrize("name", ["empty.txt", "blank.txt", "empty.jsonl", "header.csv", "nothing.csv"])

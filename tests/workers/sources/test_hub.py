@@ -200,8 +200,8 @@ def read_rows(hub: Hub, tmp_path: Path, name: str) -> subprocess.CompletedProces
     """The first texts of a dataset: in a process of its own, as datasets reads HF_ENDPOINT when it is imported."""
     program = (
         "import itertools, json, sys\nfrom workers.errors import JobError\n"
-        "from workers.sources.datasets import load_texts\n"
-        "try:\n    print(json.dumps(list(itertools.islice(load_texts(sys.argv[1], 'text', []), 5))))\n"
+        "from workers.sources.datasets import load_documents\n"
+        "try:\n    print(json.dumps([d.text for d in itertools.islice(load_documents(sys.argv[1], 'text', []), 5)]))\n"
         "except JobError as error:\n    print(json.dumps(error.to_dict()))\n"
         "assert 'torch' not in sys.modules\n"
     )

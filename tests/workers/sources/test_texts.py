@@ -11,7 +11,8 @@ import pytest
 
 from workers.errors import UserError
 from workers.recipe import Recipe
-from workers.sources.datasets import load_texts
+from workers.sources.datasets import load_documents
+from workers.sources.labels import Labels
 from workers.sources.texts import write_texts
 
 ROUNDING = {"technique": "round_to_nearest"}
@@ -190,7 +191,7 @@ def test_only_the_shared_sentences_of_a_long_paragraph_are_left_out(tmp_path: Pa
 
 
 def test_a_file_copy_of_the_built_in_text_shares_nothing_with_it(tmp_path: Path) -> None:
-    copy = "\n\n".join(load_texts("builtin:python-docs", "text", []))
+    copy = "\n\n".join(document.text for document in load_documents("builtin:python-docs", "text", []))
     (tmp_path / "copy.txt").write_text(copy)
     described = write(tmp_path, "builtin:python-docs", "file:copy.txt")
     sides = [
@@ -226,3 +227,39 @@ def test_a_source_that_repeats_is_divided_the_same_without_calibration(tmp_path:
     with_calibration = write(tmp_path, inline(*documents), inline(*documents))
     without = write(tmp_path, inline(*documents), inline(*documents), stage=ROUNDING)
     assert with_calibration["evaluation"] == without["evaluation"]
+
+
+def test_labelled_texts_are_whole_or_not_there_and_calibration_has_no_labels(tmp_path: Path) -> None:
+    shared = "these are the thirteen words in a row that two of the texts share today"
+    texts = [f"Document {index}." for index in range(6)] + [shared, "Another.", f"{shared}. And more of it."]
+    dataset = {"texts": texts, "labels": ["b", 0, 1, "a", "1", "0", 0, 0, 1]}
+    labels = Labels(None, ("a", "b"))
+    recipe = Recipe.model_validate(
+        {"stages": [GPTQ], "calibration": {"dataset": dataset}, "evaluation": {"dataset": dataset}}
+    )
+    write_texts(recipe, tmp_path, [], labels=labels)
+    rows = [json.loads(line) for line in (tmp_path / "evaluation.jsonl").read_text().splitlines()]
+    assert rows == [{"text": texts[2], "label": 1}, {"text": texts[5], "label": 0}]
+    assert read(tmp_path, "calibration") == [texts[index] for index in (0, 1, 3, 4, 6, 7)]
+    assert "label" not in (tmp_path / "calibration.jsonl").read_text()
+
+
+def test_of_two_labelled_texts_evaluation_has_the_last(tmp_path: Path) -> None:
+    dataset = {"texts": ["one two three", "four five six"], "labels": [0, 1]}
+    recipe = Recipe.model_validate(
+        {"stages": [GPTQ], "calibration": {"dataset": dataset}, "evaluation": {"dataset": dataset}}
+    )
+    write_texts(recipe, tmp_path, [], labels=Labels(None, ("a", "b")))
+    assert read(tmp_path, "calibration") == ["one two three"]
+    assert (tmp_path / "evaluation.jsonl").read_text() == '{"text": "four five six", "label": 1}\n'
+
+
+def test_a_row_whose_label_is_no_class_ends_the_reading_by_name(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "one", "kind": "a"}\n{"text": "two", "kind": true}\n')
+    recipe = Recipe.model_validate(
+        {"stages": [ROUNDING], "evaluation": {"dataset": "file:rows.jsonl", "label_field": "kind"}}
+    )
+    with pytest.raises(UserError) as caught:
+        write_texts(recipe, tmp_path, [tmp_path], labels=Labels("kind", ("a", "b")))
+    assert (caught.value.code, caught.value.param) == ("unknown_label", "recipe.evaluation.label_field")
+    assert "a, b" in str(caught.value.hint)

@@ -1,0 +1,54 @@
+"""How the labels of a dataset become the classes of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from workers.architectures import num_classes, row_of
+from workers.errors import UserError
+from workers.recipe import Evaluation, InlineDataset
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The classes of a model, and where the rows of a dataset say theirs."""
+
+    field: str | None  # of a row; inline texts have their labels beside them
+    names: tuple[str, ...]  # of the classes, in the order of the logits
+
+    def class_of(self, label: object) -> int:
+        """The class that a label names, by its name or its number.
+
+        Raises UserError ``unknown_label`` with ``param`` relative to the dataset's part of the recipe.
+        """
+        if isinstance(label, str) and self.names.count(label) == 1:
+            return self.names.index(label)
+        number = int(label) if isinstance(label, str) and label.isascii() and label.isdigit() else label
+        if type(number) is int and 0 <= number < len(self.names):
+            return number
+        raise UserError(
+            "unknown_label",
+            f"The label {str(label)[:100]!r} names no class of the model.",
+            param="labels" if self.field is None else "label_field",
+            hint=f"Its classes are {', '.join(self.names[:20])[:400]}; or say their numbers, from 0 to "
+            f"{len(self.names) - 1}.",
+        )
+
+
+def labels_of(evaluation: Evaluation, config: Mapping[str, Any]) -> Labels | None:
+    """The labels that the evaluation of a model has; None for a model that is no classifier, and for text without."""
+    row = row_of(config)
+    if row is None or row.task != "classification" or not has_labels(evaluation):
+        return None
+    names = config.get("id2label")
+    names = names if isinstance(names, Mapping) else {}
+    found = tuple(str(names.get(str(number), f"LABEL_{number}")) for number in range(num_classes(config)))
+    return Labels(None if isinstance(evaluation.dataset, InlineDataset) else evaluation.label_field, found)
+
+
+def has_labels(evaluation: Evaluation) -> bool:
+    """Whether the recipe says where the labels of its evaluation text are."""
+    beside = isinstance(evaluation.dataset, InlineDataset) and evaluation.dataset.labels is not None
+    return beside or evaluation.label_field is not None
