@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from workers.engine.device import compute_device, peak_device_memory_bytes
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.held_out import HeldOut
-from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
+from workers.evaluation.size import Packed, layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_reads, check_runs, measure_reading, measure_speed
 from workers.fingerprint import environment_of
 from workers.formats import load_sparse
@@ -210,8 +210,7 @@ def _prove_stages(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> l
         if isinstance(stage, PruningOptions):
             report["metrics"] |= _prove_zeros(model, stage, report["layers"])
         elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
-            sizes = {name: layer["group_size"] for name, layer in report["layers"].items()}
-            report["metrics"] |= _prove_grid(model, stage, sizes)
+            report["metrics"] |= _prove_grid(model, stage, report["layers"])
     return stages
 
 
@@ -230,15 +229,18 @@ def _prove_zeros(model: Any, stage: PruningOptions, layers: dict[str, dict[str, 
     return {"sparsity": found.fraction, "num_zeros": found.num_zeros}
 
 
-def _prove_grid(model: Any, stage: QuantizationOptions, group_sizes: dict[str, int]) -> dict[str, Any]:
+def _prove_grid(model: Any, stage: QuantizationOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Values that no codes are stored for have to be as few as codes would be."""
-    num_bits = stage.facts.num_bits
-    off_grid = layers_off_grid(model, group_sizes, num_bits)
+    packed = {
+        name: Packed(layer["num_bits"], layer["group_size"], stage.scale_bits(layer["num_bits"]))
+        for name, layer in layers.items()
+    }
+    off_grid = layers_off_grid(model, packed)
     if off_grid:
         raise CrashError(
-            "not_on_grid", f"{len(off_grid)} layers hold more values than {stage.scheme} has, the first {off_grid[0]}."
+            "not_on_grid", f"{len(off_grid)} layers hold more values than their codes have, the first {off_grid[0]}."
         )
-    return {"theoretical_packed_bytes": packed_bytes(model, group_sizes, num_bits, stage.scale_bits)}
+    return {"theoretical_packed_bytes": packed_bytes(model, packed)}
 
 
 def _held_out(work: Path, recipe: Recipe, original: Opened, emit: Emit) -> HeldOut:

@@ -39,7 +39,7 @@ from workers.formats.parts import Parts, write_json
 from workers.recipe import Recipe
 from workers.sources.tokenizer_file import tokenizer_failures
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import RoundToNearest
+from workers.techniques import MixedPrecision, RoundToNearest
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -87,7 +87,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     check_unchanged(work / "source")
     _export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
-    stages = [_stage_report(recipe, index, streamed) for index in range(len(recipe.stages))]
+    stages = [_stage_report(recipe, index, streamed, skeleton) for index in range(len(recipe.stages))]
     write_json(
         work / "compressed.json",
         {
@@ -245,15 +245,19 @@ def _check_changed(recipe: Recipe, streamed: Streamed) -> None:
             )
 
 
-def _stage_report(recipe: Recipe, index: int, streamed: Streamed) -> dict[str, Any]:
+def _stage_report(recipe: Recipe, index: int, streamed: Streamed, skeleton: Skeleton) -> dict[str, Any]:
     """What the report says of a stage: totals for people, each layer for who looks closer."""
     layers, fallbacks = streamed.metrics(index), streamed.fallbacks(index)
     errors = [layer["relative_error"] for layer in layers.values() if "relative_error" in layer]
     metrics: dict[str, Any] = {"num_layers": len(layers), "num_fallbacks": len(fallbacks)}
     if errors:
         metrics["mean_relative_error"] = sum(errors) / len(errors)
+    if isinstance(stage := recipe.stages[index], MixedPrecision):
+        num_weights = {name: skeleton.num_weights(name) for name in layers}
+        bits = sum(layers[name]["num_bits"] * count for name, count in num_weights.items())
+        metrics["average_bits"] = bits / sum(num_weights.values())
     return {
-        "technique": recipe.stages[index].model_dump()["technique"],
+        "technique": stage.model_dump()["technique"],
         "metrics": metrics,
         "fallbacks": fallbacks,
         "layers": layers,

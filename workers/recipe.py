@@ -18,8 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
-from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, Statistic
+from workers.techniques import TECHNIQUES, QuantizationOptions, Stage
+from workers.techniques.options import PACKED_BITS, SchemeFacts, Statistic
 
 RECIPE_VERSION: Literal[1] = 1
 
@@ -178,13 +178,13 @@ class Recipe(_Part):
     @property
     def statistics(self) -> frozenset[Statistic]:
         """What the stages need from calibration."""
-        allocating: frozenset[Statistic] = frozenset({"input_norms"} if self.allocates else ())
-        return allocating.union(*(stage.statistics for stage in self.stages))
+        planning: frozenset[Statistic] = frozenset({"input_norms"} if self.plans else ())
+        return planning.union(*(stage.statistics for stage in self.stages))
 
     @property
-    def allocates(self) -> bool:
-        """Whether a stage gives layers sparsities of their own."""
-        return any(isinstance(stage, PruningOptions) and stage.allocation == "error" for stage in self.stages)
+    def plans(self) -> bool:
+        """Whether a stage treats layers differently, by what is measured beforehand."""
+        return any(stage.plans for stage in self.stages)
 
     @property
     def stores_codes(self) -> bool:
@@ -223,7 +223,7 @@ def _scheme_of(stage: object) -> SchemeFacts | None:
     if technique is None or not issubclass(technique, QuantizationOptions):
         return None
     assert isinstance(stage, Mapping)
-    return SCHEMES.get(str(stage.get("scheme", technique.model_fields["scheme"].default)))
+    return technique.facts_of(stage)
 
 
 def packings_of(scheme: SchemeFacts) -> tuple[Packing, ...]:

@@ -9,7 +9,6 @@ again on the calibration text.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,8 @@ from typing import Any
 
 import torch
 import xxhash
-from torch import Tensor
 
+from workers.engine.activations import Activations
 from workers.formats.parts import Parts, flush, write_json
 
 _IDENTITY = "identity.json"
@@ -48,13 +47,11 @@ class Journal:
         self.discarded: Discarded | None = None
         self.entries: list[dict[str, Any]] = []
         self._activations_of: dict[str, Any] = {}
-        if (folder / _IDENTITY).exists():
-            self._take_up(identity)
-        if not self.entries:
+        if not (folder / _IDENTITY).exists() or not self._take_up(identity):
             shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
         self.parts = Parts(folder / "parts")
-        (folder / "activations").mkdir(exist_ok=True)
+        self.activations = Activations(folder / "activations")
         if not (folder / _IDENTITY).exists():
             self._write(folder / _IDENTITY, identity)
 
@@ -64,22 +61,25 @@ class Journal:
         return len(self.entries)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gave, in JSON, when the job first asked for ``name``: later blocks rest on it as well."""
+        """What ``compute`` gave, in JSON, when the job first asked for ``name``: finished blocks rest on it."""
         path = self.folder / f"{name}.json"
         try:
-            return json.loads(path.read_bytes())
-        except (OSError, ValueError):
-            value = compute()
-            self._write(path, value)
-            return value
+            kept = json.loads(path.read_bytes())
+            if self.entries or kept["fingerprint"] == self.fingerprint:
+                return kept["value"]
+        except (OSError, ValueError, KeyError, TypeError):
+            pass
+        value = compute()
+        self._write(path, {"value": value, "fingerprint": self.fingerprint})
+        return value
 
     def finish_block(self, index: int, entry: Mapping[str, Any], shapes: Sequence[torch.Size]) -> None:
-        """Say that block ``index`` is done: its part is written, and :meth:`keep` has what the next block reads.
+        """Say that block ``index`` is done: its part is written, and ``activations`` have what the next block reads.
 
         ``entry`` is what the report needs of the block; ``shapes`` are those of the hidden states, a pass each.
         """
         described = [
-            {"shape": list(shape), "xxh3": _digest(self._activation_path(index + 1, number))}
+            {"shape": list(shape), "xxh3": _digest(self.activations.path(index + 1, number))}
             for number, shape in enumerate(shapes)
         ]
         part = part_name(index)
@@ -93,33 +93,6 @@ class Journal:
             },
         )
 
-    def keep(self, index: int, number: int, hidden: Tensor) -> None:
-        """Put ``hidden`` (float32), which pass ``number`` brings to block ``index``, into a file.
-
-        On the CPU the file, mapped into memory, becomes the tensor's storage: whoever holds the tensor needs to know
-        nothing, and the memory is given back. Two files take turns: that of the block before stays whole until this
-        block's entry is written.
-
-        Raises:
-            OSError: the disk is full.
-        """
-        path = self._activation_path(index, number)
-        with path.open("ab") as file:
-            # Written through a mapping, a full disk would kill the process.
-            os.posix_fallocate(file.fileno(), 0, max(1, hidden.numel() * 4))
-        mapped = _mapped(path, hidden.shape)
-        mapped.copy_(hidden)
-        if hidden.device == mapped.device:
-            _put(mapped, hidden)
-
-    def restore(self, number: int, hidden: Tensor) -> None:
-        """Give ``hidden`` the values that pass ``number`` brought to the first block that is not finished."""
-        mapped = _mapped(self._activation_path(self.num_blocks, number), hidden.shape)
-        if hidden.device == mapped.device:
-            _put(mapped, hidden)
-        else:
-            hidden.copy_(mapped)
-
     def has_activations(self, shapes: Sequence[Sequence[int]]) -> bool:
         """Whether the hidden states before the first unfinished block are there, of these shapes and undamaged."""
         described = self._activations_of.get("activations", [])
@@ -127,16 +100,14 @@ class Journal:
             return False
         try:
             return all(
-                _digest(self._activation_path(self.num_blocks, number)) == each["xxh3"]
+                _digest(self.activations.path(self.num_blocks, number)) == each["xxh3"]
                 for number, each in enumerate(described)
             )
         except OSError:
             return False
 
-    def _activation_path(self, index: int, number: int) -> Path:
-        return self.folder / "activations" / f"{index % 2}-{number:05d}.float32"
-
-    def _take_up(self, identity: Mapping[str, Any]) -> None:
+    def _take_up(self, identity: Mapping[str, Any]) -> bool:
+        """Take over what is complete; whether the folder is of this work at all."""
         try:
             before = json.loads((self.folder / _IDENTITY).read_bytes())
         except (OSError, ValueError):
@@ -146,13 +117,13 @@ class Journal:
                 "journal_refused",
                 "Earlier work on this job was of another recipe, model, text or version: it begins again.",
             )
-            return
+            return False
         parts = Parts(self.folder / "parts")
         while True:
             part = part_name(self.num_blocks)
             path = self.folder / f"{part}.json"
             if not path.exists():
-                return
+                return True
             try:
                 written = json.loads(path.read_bytes())
                 if _digest(parts.path(part)) != written["part_xxh3"]:
@@ -164,7 +135,7 @@ class Journal:
                     f"Earlier work on this job is damaged and is done again from block {self.num_blocks} on.",
                 )
                 self._forget_from(self.num_blocks)
-                return
+                return True
             self.entries.append(entry)
             self.fingerprints.append(fingerprint)
             self._activations_of = written
@@ -184,15 +155,6 @@ class Journal:
 def part_name(index: int) -> str:
     """Of the part that holds a block's tensors."""
     return f"block-{index:05d}"
-
-
-def _put(storage_of: Tensor, tensor: Tensor) -> None:
-    """Give ``tensor`` the storage of another one of its shape."""
-    tensor.set_(storage_of.untyped_storage(), 0, storage_of.shape, storage_of.stride())
-
-
-def _mapped(path: Path, shape: torch.Size) -> Tensor:
-    return torch.from_file(str(path), shared=True, size=shape.numel(), dtype=torch.float32).view(shape)
 
 
 def _digest(path: Path) -> str:

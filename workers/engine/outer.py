@@ -74,7 +74,7 @@ class Outer:
         layer.stores_codes = self._recipe.stores_codes
         grid = layer.grid(options)
         layer.quantized = _round_rows(layer.weight, grid)
-        self.result.metrics[-1][module] = {"group_size": grid.group_size}
+        self.result.metrics[-1][module] = {"num_bits": grid.num_bits, "group_size": grid.group_size}
         self.result.fallbacks[-1] += layer.fallbacks
         if self._recipe.output.packing is None:
             return {"weight": layer.stored_weight()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,21 @@ class Skeleton:
     def linear_layers(self) -> list[str]:
         """Names of all linear layers of the model, those outside the blocks too."""
         return [name for name, module in self.model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+    @property
+    def block_layers(self) -> list[str]:
+        """Names of the linear layers of all blocks, in order."""
+        blocks = map(self.block_name, range(self.num_blocks))
+        return [f"{block}.{layer}" for block in blocks for layer in self.architecture.linear_layers]
+
+    def linear_shape(self, name: str) -> tuple[int, int]:
+        """Out_features and in_features of a linear layer, loaded or not."""
+        rows, columns = self.module(name).get_parameter("weight").shape
+        return (columns, rows) if self.architecture.is_transposed else (rows, columns)
+
+    def num_weights(self, name: str) -> int:
+        """Of a linear layer, loaded or not."""
+        return math.prod(self.linear_shape(name))
 
     def present(self, names: Iterable[str]) -> list[str]:
         """Those of the modules that this model has."""

@@ -14,11 +14,11 @@ from workers.engine.forward import ForwardPass, Gate
 from workers.engine.journal import Journal, part_name
 from workers.engine.layer import Layer
 from workers.engine.outer import Outer
+from workers.engine.plan import make_plan
 from workers.engine.rescaling import take_over
 from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
-from workers.engine.survey import allocate_sparsities
 from workers.errors import UserError
 from workers.formats import codes, compressed_tensors, sparse_bitmask
 from workers.recipe import Recipe
@@ -41,7 +41,7 @@ class Stream:
         self.progress = progress
         self._outer = Outer(skeleton, recipe, journal.parts)
         self.result = Streamed(self._outer.result)
-        self._sparsities: list[dict[str, float]] = [{} for _ in recipe.stages]  # of layers that have their own
+        self._plan: list[dict[str, float]] = [{} for _ in recipe.stages]  # of stages that treat layers differently
         self._gates: dict[str, Gate] = {}
         self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
 
@@ -54,6 +54,14 @@ class Stream:
         the artifact has to give.
         """
         skeleton, architecture = self.skeleton, self.skeleton.architecture
+        if self.recipe.plans:
+            with self._timed("plan"):
+                self._plan = self.journal.once(
+                    "plan",
+                    lambda: make_plan(
+                        skeleton, self.recipe, calibration, self.journal.folder / "planning", self.progress
+                    ),
+                )
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
         stops = set(blocks)
         if calibration:
@@ -63,12 +71,6 @@ class Stream:
         probe_pass = skeleton.forward_pass(probe)
         passes = [skeleton.forward_pass(ids) for samples in calibration for ids in _batches(samples)]
         everyone = [*passes, probe_pass]
-        if self.recipe.allocates:
-            with self._timed("allocate"):
-                self._sparsities = self.journal.once(
-                    "sparsities",
-                    lambda: allocate_sparsities(skeleton, self.recipe.stages, calibration, self.progress),
-                )
         with self._timed("write"):
             self._outer.write()
         with self._timed("forward"):
@@ -107,7 +109,7 @@ class Stream:
         if journal.has_activations([[*each.input_shape, skeleton.hidden_size] for each in passes]):
             with skeleton.skipped(done):
                 for number, each in enumerate(passes):
-                    journal.restore(number, each.advance_to(first))
+                    journal.activations.restore(journal.num_blocks, number, each.advance_to(first))
             done = []
         else:
             for each in passes:
@@ -142,7 +144,7 @@ class Stream:
 
     def _finish_block(self, index: int, hidden: list[Tensor]) -> None:
         for number, each in enumerate(hidden):
-            self.journal.keep(index + 1, number, each)
+            self.journal.activations.keep(index + 1, number, each)
         self.journal.finish_block(index, self.result.blocks[index].to_json(), [each.shape for each in hidden])
 
     def _compress_block(self, index: int, blocks: list[str], passes: list[ForwardPass]) -> list[Layer]:
@@ -209,15 +211,16 @@ class Stream:
             for layer in taken:
                 metrics = self._stage_for(layer.name, index).compress(layer)
                 if layer.quantized is not None:
-                    metrics["group_size"] = layer.quantized.grid.group_size
+                    grid = layer.quantized.grid
+                    metrics |= {"num_bits": grid.num_bits, "group_size": grid.group_size}
                 self.result.blocks[-1].metrics[index][layer.name] = metrics
                 self.result.blocks[-1].fallbacks[index] += layer.fallbacks
                 layer.fallbacks.clear()
 
     def _stage_for(self, layer: str, index: int) -> StageOptions:
-        """A stage with the sparsity that it has for this layer."""
-        stage, sparsity = self.recipe.stages[index], self._sparsities[index].get(layer)
-        return stage if sparsity is None else stage.model_copy(update={"sparsity": sparsity})
+        """A stage as it is for this layer."""
+        stage, choice = self.recipe.stages[index], self._plan[index].get(layer)
+        return stage if choice is None else stage.at(choice)
 
     def _rescale(
         self, stage: StageOptions, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]

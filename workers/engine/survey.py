@@ -1,4 +1,4 @@
-"""A pass over the uncompressed model that says how much of each layer may be pruned, before any is."""
+"""A pass over the uncompressed model that says what pruning would cost each layer, before any is pruned."""
 
 from __future__ import annotations
 
@@ -12,39 +12,20 @@ from workers.engine.forward import Gate
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.engine.text import part_of
-from workers.solvers.allocation import ErrorCurve, allocate, error_curve
-from workers.techniques import PruningOptions, StageOptions
+from workers.solvers.allocation import ErrorCurve, error_curve
 
 # A mean square of each column is known well from few tokens, and the hidden states of so few fit into memory.
 NUM_TOKENS = 8_192
-# How far the sparsity of a layer may be from that of all: an error curve knows nothing of what later layers make of it.
-BOUND = 0.1
 
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
 
-def allocate_sparsities(
-    skeleton: Skeleton, stages: Sequence[StageOptions], calibration: Sequence[Tensor], progress: Progress
-) -> list[dict[str, float]]:
-    """The sparsity of each layer by stage; of stages that give all layers the same one, nothing.
+@torch.inference_mode()
+def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress) -> dict[str, ErrorCurve]:
+    """The error curve of every linear layer of the blocks, on a part of the samples.
 
     ``calibration`` holds samples × tokens for each length of samples; blocks are loaded one at a time.
     """
-    curves = _survey(skeleton, calibration, progress)
-    sparsities: list[dict[str, float]] = []
-    for stage in stages:
-        sparsities.append({})
-        if isinstance(stage, PruningOptions) and stage.allocation == "error":
-            assert stage.sparsity is not None
-            taken = {name: curve for name, curve in curves.items() if not stage.ignores(name)}
-            counts = allocate(taken, stage.sparsity, BOUND)
-            sparsities[-1] = {name: count / taken[name].num_weights for name, count in counts.items()}
-    return sparsities
-
-
-@torch.inference_mode()
-def _survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress) -> dict[str, ErrorCurve]:
-    """The error curve of every linear layer of the blocks, on a part of the samples of ``calibration``."""
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
     stops = [*blocks, *(f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups)]
@@ -59,7 +40,7 @@ def _survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progres
         skeleton.unload(name)
     curves = {}
     for index, block in enumerate(blocks):
-        progress(f"allocate.{block}", index, len(blocks), 0.0)
+        progress(f"plan.{block}", index, len(blocks), 0.0)
         skeleton.load(block)
         for group in architecture.linear_groups:
             leader = f"{block}.{group[0]}"

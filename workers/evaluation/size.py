@@ -49,21 +49,30 @@ def measure_sparsity(model: Any, sparsities: Mapping[str, float], pattern: tuple
     return Sparsity(num_weights, num_zeros, tuple(below))
 
 
-def layers_off_grid(model: Any, group_sizes: Mapping[str, int], num_bits: int) -> list[str]:
-    """Those layers of an opened model that hold, in some group, more values than codes of ``num_bits`` stand for."""
+@dataclass(frozen=True)
+class Packed:
+    """How the codes of a layer would be packed."""
+
+    num_bits: int
+    group_size: int
+    scale_bits: float  # of each group, with its zero-point
+
+
+def layers_off_grid(model: Any, layers: Mapping[str, Packed]) -> list[str]:
+    """Those layers of an opened model that hold, in some group, more values than their codes stand for."""
     return [
         name
-        for name, group_size in group_sizes.items()
-        if _most_values(_weight(model, name), group_size) > 1 << num_bits
+        for name, packed in layers.items()
+        if _most_values(_weight(model, name), packed.group_size) > 1 << packed.num_bits
     ]
 
 
-def packed_bytes(model: Any, group_sizes: Mapping[str, int], num_bits: int, scale_bits: float) -> int:
-    """What the layers would take as packed codes, with ``scale_bits`` for the scale of each group."""
+def packed_bytes(model: Any, layers: Mapping[str, Packed]) -> int:
+    """What the layers would take as packed codes."""
     bits = 0.0
-    for name, group_size in group_sizes.items():
+    for name, packed in layers.items():
         num_weights = _weight(model, name).numel()
-        bits += num_weights * num_bits + num_weights // group_size * scale_bits
+        bits += num_weights * packed.num_bits + num_weights // packed.group_size * packed.scale_bits
     return math.ceil(bits / 8)
 
 

@@ -46,6 +46,13 @@ def decode(encoded: Mapping[str, Tensor], grid: Grid, in_features: int, packing:
     return weight
 
 
+def stored_bytes(rows: int, columns: int, num_bits: int, group_size: int, scale_bytes: int, *, symmetric: bool) -> int:
+    """Bytes of the tensors that :func:`encode` gives for pack-quantized codes of 4 or 8 bits."""
+    words, num_scales = rows * -(-columns // (32 // num_bits)), rows * (columns // group_size)
+    shape = 2 * 8
+    return 4 * words + num_scales * (scale_bytes + (0 if symmetric else 1)) + shape
+
+
 def quantization_config(
     layers: Mapping[str, tuple[Grid, int]],
     linear_layers: list[str],

@@ -10,6 +10,7 @@ from workers.techniques.awq import AWQ
 from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.gptq import GPTQ
 from workers.techniques.magnitude import Magnitude
+from workers.techniques.mixed_precision import MixedPrecision
 from workers.techniques.options import PruningOptions, QuantizationOptions, StageOptions
 from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.smoothquant import SmoothQuant
@@ -17,7 +18,7 @@ from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.wanda import Wanda
 
 Stage = Annotated[
-    RoundToNearest | GPTQ | AWQ | SmoothQuant | DynamicInt8 | Magnitude | Wanda | SparseGPT,
+    RoundToNearest | GPTQ | MixedPrecision | AWQ | SmoothQuant | DynamicInt8 | Magnitude | Wanda | SparseGPT,
     Field(discriminator="technique"),
 ]
 
@@ -31,6 +32,7 @@ __all__ = [
     "TECHNIQUES",
     "DynamicInt8",
     "Magnitude",
+    "MixedPrecision",
     "PruningOptions",
     "QuantizationOptions",
     "RoundToNearest",

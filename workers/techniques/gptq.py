@@ -2,49 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from workers.techniques.options import Damping, IntegerScheme, QuantizationOptions, Statistic
-
-if TYPE_CHECKING:
-    from workers.engine.layer import Layer
+from workers.techniques.options import IntegerScheme, QuantizationOptions
+from workers.techniques.second_order import SecondOrderOptions
 
 
-class GPTQ(QuantizationOptions):
+class GPTQ(SecondOrderOptions):
     """Second-order quantization with calibration text; arXiv:2210.17323."""
 
     summary: ClassVar[str] = (
         "Quantize column by column, compensating each column's error in the rest by the Hessian of the calibration."
     )
-    statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
 
     technique: Literal["gptq"] = "gptq"
     scheme: Annotated[IntegerScheme, Field(description=QuantizationOptions.model_fields["scheme"].description)] = (
         "W4A16"
     )
-    act_order: Annotated[
-        bool,
-        Field(
-            description="Quantize the columns with the largest activations first. Groups stay where they are, so the "
-            "stored format does not change."
-        ),
-    ] = True
-    clip_search: Annotated[
-        bool, Field(description="Search each scale for the least squared error, instead of covering the extremes.")
-    ] = True
-    damping: Damping = 0.01
-
-    def compress(self, layer: Layer) -> dict[str, Any]:
-        """Quantize ``layer`` with the Hessian of its input."""
-        from workers.solvers.gptq import gptq
-
-        statistics = layer.statistics
-        factor = statistics.inverse_factor(act_order=self.act_order, damping=self.damping)
-        if factor is None:
-            layer.fall_back("hessian_not_positive_definite", "rounded to nearest: no damping made the Hessian usable")
-        layer.quantized, outcome = gptq(
-            layer.weight, statistics.hessian, factor, layer.grid(self), clip_search=self.clip_search, zeros=layer.zeros
-        )
-        return outcome.to_metrics()

@@ -110,6 +110,15 @@ class StageOptions(BaseModel):
         """Whether the stage leaves the layer of this name as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
 
+    @property
+    def plans(self) -> bool:
+        """Whether layers are treated differently, by what is measured before the first of them is compressed."""
+        return False
+
+    def at(self, choice: float) -> StageOptions:
+        """The stage as it is for a layer that such a plan gives ``choice``."""
+        raise NotImplementedError
+
     def input_scale(self, layers: Sequence[Layer]) -> Tensor | None:  # noqa: ARG002
         """By what to divide the input that all ``layers`` read, and to multiply their columns; None for nothing.
 
@@ -194,10 +203,14 @@ class QuantizationOptions(StageOptions):
         """What the scheme's name says."""
         return SCHEMES[self.scheme]
 
-    @property
-    def scale_bits(self) -> float:
-        """Bits that the scale of a group takes where codes are packed, with its zero-point."""
-        return 16 if self.symmetric else 16 + self.facts.num_bits
+    @classmethod
+    def facts_of(cls, stage: Mapping[str, Any]) -> SchemeFacts | None:
+        """The same of a stage that is not yet validated; None where it names no scheme."""
+        return SCHEMES.get(str(stage.get("scheme", cls.model_fields["scheme"].default)))
+
+    def scale_bits(self, num_bits: int) -> float:
+        """Bits that the scale of a group takes where codes of ``num_bits`` are packed, with its zero-point."""
+        return 16 if self.symmetric else 16 + num_bits
 
 
 class PruningOptions(StageOptions):
@@ -265,6 +278,15 @@ class PruningOptions(StageOptions):
                 "sparsity"
             )
         return self
+
+    @property
+    def plans(self) -> bool:
+        """Whether layers have sparsities of their own."""
+        return self.allocation == "error"
+
+    def at(self, choice: float) -> Self:
+        """The stage with the sparsity of one layer."""
+        return self.model_copy(update={"sparsity": choice})
 
     @property
     def pattern(self) -> tuple[int, int] | None:

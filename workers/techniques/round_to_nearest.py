@@ -50,11 +50,10 @@ class RoundToNearest(QuantizationOptions):
             raise ValueError(f"double_quant must be false with {self.scheme}; it belongs to NF4")
         return self
 
-    @property
-    def scale_bits(self) -> float:
-        """Bits that the scale of a group takes where codes are packed, with its zero-point."""
+    def scale_bits(self, num_bits: int) -> float:
+        """Bits that the scale of a group takes where codes of ``num_bits`` are packed, with its zero-point."""
         if not self.facts.is_normal:
-            return super().scale_bits
+            return super().scale_bits(num_bits)
         return 8 + 32 / 256 if self.double_quant else 32  # a float32 scale for 256 codes, or for each group
 
     def compress(self, layer: Layer) -> dict[str, Any]:

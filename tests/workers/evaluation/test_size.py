@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from workers.evaluation.size import layers_off_grid, measure_sparsity, packed_bytes
+from workers.evaluation.size import Packed, layers_off_grid, measure_sparsity, packed_bytes
 from workers.solvers.quantization import Grid, quantize_to_nearest
 
 
@@ -43,14 +43,16 @@ def test_a_weight_off_its_grid_is_named() -> None:
     touched = values.clone()
     touched[3, 40:49] = torch.arange(9)
     model = model_of(on=values, off=touched, dense=weight)
-    assert layers_off_grid(model, {"on": 32, "off": 32, "dense": 32}, 3) == ["off", "dense"]
+    assert layers_off_grid(model, dict.fromkeys(("on", "off", "dense"), Packed(3, 32, 16))) == ["off", "dense"]
     # The same values in groups of 64 may be of two scales, so twice as many.
-    assert layers_off_grid(model, {"on": 64}, 4) == []
+    assert layers_off_grid(model, {"on": Packed(4, 64, 16)}) == []
 
 
 def test_packed_bytes_count_codes_scales_and_zero_points() -> None:
     model = model_of(a=torch.zeros(8, 64), b=torch.zeros(4, 32))
-    sizes = {"a": 32, "b": 32}
     num_weights, num_groups = 8 * 64 + 4 * 32, 8 * 2 + 4
-    assert packed_bytes(model, sizes, 3, 16) == (num_weights * 3 + num_groups * 16) // 8
-    assert packed_bytes(model, sizes, 3, 19) == -(-(num_weights * 3 + num_groups * 19) // 8)
+    narrow, wide = Packed(3, 32, 16), Packed(3, 32, 19)
+    assert packed_bytes(model, {"a": narrow, "b": narrow}) == (num_weights * 3 + num_groups * 16) // 8
+    assert packed_bytes(model, {"a": wide, "b": wide}) == -(-(num_weights * 3 + num_groups * 19) // 8)
+    mixed = packed_bytes(model, {"a": narrow, "b": Packed(8, 32, 16)})
+    assert mixed == (8 * 64 * 3 + 4 * 32 * 8 + num_groups * 16) // 8

@@ -1,0 +1,148 @@
+"""Bits by layer: the budget is kept, what is sensitive gets more, and the artifact opens."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.models import write_tiny_model
+from tests.workers.attempts import Attempt, certified, compressed, fetched
+from workers.engine.journal import Journal
+from workers.errors import UserError
+from workers.pipeline import compress
+
+MIXED = {"technique": "mixed_precision", "group_size": 32}
+ALL_WIDTHS = ["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16"]
+
+
+def widths(attempt: Attempt) -> dict[str, int]:
+    """The bits of each layer, as the report says."""
+    layers = attempt.report["stages"][0]["layers"]
+    return {name: layer["num_bits"] for name, layer in layers.items()}
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of four blocks; in the second, attention writes to the residual stream as loud as nothing else."""
+    folder = tmp_path_factory.mktemp("models") / "llama"
+    write_tiny_model(folder, "llama", num_hidden_layers=4, num_key_value_heads=2, intermediate_size=128)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.self_attn.o_proj.weight"] *= 30
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("average", [4.0, 4.5, 6.0, 7.9])
+def test_an_average_is_kept_and_packed_codes_of_two_widths_open(llama: Path, average: float, tmp_path: Path) -> None:
+    attempt = certified(tmp_path / "work", llama, {"stages": [{**MIXED, "average_bits": average}]})
+    metrics = attempt.report["stages"][0]["metrics"]
+    assert metrics["average_bits"] <= average
+    assert metrics["average_bits"] > average - 0.8
+    found = widths(attempt)
+    assert set(found.values()) <= {4, 8}
+    config = json.loads((attempt.artifact / "config.json").read_text())["quantization_config"]
+    described = {group["weights"]["num_bits"] for group in config["config_groups"].values()}
+    assert described == set(found.values())
+
+
+def test_layers_of_one_input_share_a_width(llama: Path, tmp_path: Path) -> None:
+    attempt = certified(tmp_path / "work", llama, {"stages": [{**MIXED, "average_bits": 3.5, "schemes": ALL_WIDTHS}]})
+    found = widths(attempt)
+    assert len(set(found.values())) > 1
+    for block in range(4):
+        for group in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            assert len({found[f"model.layers.{block}.{layer}"] for layer in group}) == 1
+    assert attempt.report["stages"][0]["metrics"]["theoretical_packed_bytes"] > 0
+
+
+def test_what_the_output_depends_on_most_gets_the_bits(llama: Path, tmp_path: Path) -> None:
+    attempt = certified(tmp_path / "work", llama, {"stages": [{**MIXED, "average_bits": 4.6}]})
+    assert widths(attempt)["model.layers.1.self_attn.o_proj"] == 8
+
+
+def test_the_bytes_of_the_result_stay_below_what_was_allowed(llama: Path, tmp_path: Path) -> None:
+    smallest = certified(
+        tmp_path / "four", llama, {"stages": [{"technique": "gptq", "scheme": "W4A16", "group_size": 32}]}
+    ).outcome["result"]["size_bytes"]
+    limit = smallest + 40_000
+    attempt = certified(tmp_path / "work", llama, {"stages": [{**MIXED, "max_size_bytes": limit}]})
+    assert smallest < attempt.outcome["result"]["size_bytes"] <= limit
+    assert set(widths(attempt).values()) == {4, 8}
+
+
+def test_too_small_a_limit_says_how_many_bytes_there_would_be(llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="every layer at 4 bits") as caught:
+        compressed(tmp_path / "work", llama, {"stages": [{**MIXED, "max_size_bytes": 100_000}]})
+    assert caught.value.code == "budget_too_small"
+    assert caught.value.param == "recipe.stages[0].max_size_bytes"
+
+
+def test_ignored_layers_stay_and_do_not_count(llama: Path, tmp_path: Path) -> None:
+    stage = {**MIXED, "average_bits": 4.0, "ignore": ["*.k_proj", "model.layers.0.*"]}
+    attempt = certified(tmp_path / "work", llama, {"stages": [stage]})
+    found = widths(attempt)
+    assert len(found) == 3 * 6
+    assert set(found.values()) == {4}
+
+
+@pytest.mark.parametrize("stages", [
+    [{"technique": "magnitude", "sparsity": 0.3}, {**MIXED, "average_bits": 5.0}],
+    [
+        {"technique": "wanda", "sparsity": 0.3, "allocation": "error"},
+        {**MIXED, "average_bits": 5.0, "symmetric": False},
+    ],
+])  # fmt: skip
+def test_zeros_survive(llama: Path, stages: list[dict[str, Any]], tmp_path: Path) -> None:
+    attempt = certified(tmp_path / "work", llama, {"stages": stages})
+    assert attempt.report["stages"][0]["metrics"]["sparsity"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_a_killed_job_keeps_to_its_plan(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"stages": [{**MIXED, "average_bits": 5.0}]}
+    whole = compressed(tmp_path / "whole", llama, recipe)
+    attempt = fetched(tmp_path / "work", llama, recipe)
+    finish = Journal.finish_block
+
+    def killed(journal: Journal, index: int, entry: Any, shapes: Any) -> None:
+        finish(journal, index, entry, shapes)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "finish_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(attempt.work, attempt.request, attempt.events.append)
+    monkeypatch.undo()
+    monkeypatch.setattr("workers.engine.stream.make_plan", None)  # made once
+    compress(attempt.work, attempt.request, attempt.events.append)
+    assert (attempt.artifact / "model.safetensors").read_bytes() == (whole.artifact / "model.safetensors").read_bytes()
+
+
+def test_an_encoder_is_surveyed_too(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", "bert", task="classification", intermediate_size=128)
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [{**MIXED, "average_bits": 6.0}]})
+    assert set(widths(attempt).values()) == {4, 8}
+
+
+def test_the_survey_leaves_the_skeleton_as_it_was(llama: Path, tmp_path: Path) -> None:
+    attempt = fetched(tmp_path / "work", llama, {"stages": [{**MIXED, "average_bits": 5.0}]})
+    from workers.architectures import architecture_of
+    from workers.engine.activations import Activations
+    from workers.engine.checkpoint import Checkpoint
+    from workers.engine.sensitivity import measure
+    from workers.engine.skeleton import Skeleton
+    from workers.techniques import MixedPrecision
+
+    checkpoint = Checkpoint(attempt.work / "source" / "model")
+    skeleton = Skeleton(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"))
+    calibration = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(0))
+    stage = MixedPrecision.model_validate({**MIXED, "average_bits": 5.0})
+    found = measure(skeleton, stage, 4, [calibration], Activations(tmp_path / "store"), lambda *_: None)
+    assert len(found) == 4 * 4
+    assert all(group.errors[4] > 30 * group.errors[8] > 0 for group in found)
+    assert all(group.divergence > 0 for group in found)
+    assert all(parameter.is_meta for parameter in skeleton.model.parameters())
+    assert not any(module._forward_pre_hooks for module in skeleton.model.modules())

@@ -1,0 +1,174 @@
+"""What each width would cost each group of layers, as divergence of the model's output from the original's.
+
+One pass over the uncompressed model. Every group of layers that read one input is quantized alone, at one width, while
+some tokens pass through it; from there on these pass through the original beside those of all other groups, and what
+they give at the end is held against what the original gives. The other widths follow from the errors that they make on
+the group's own input, since for small changes the divergence grows with the squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.engine.activations import Activations, put
+from workers.engine.device import release_memory
+from workers.engine.forward import ForwardPass, Gate
+from workers.engine.layer import Layer
+from workers.engine.skeleton import Skeleton
+from workers.engine.statistics import InputStatistics
+from workers.engine.text import part_of
+from workers.evaluation.divergence import kl_divergence
+from workers.solvers.hessian import energy_of
+from workers.solvers.quantization import quantize_to_nearest
+from workers.techniques.mixed_precision import MixedPrecision
+
+# Tokens whose output is compared. They pass through each block as often as there are groups before it.
+NUM_COMPARED_TOKENS = 1_024
+# Tokens of the inputs that errors are weighted by.
+NUM_INPUT_TOKENS = 8_192
+# What is below cannot be told from the rounding of float32, but is still more than nothing.
+LEAST_DIVERGENCE = 1e-9
+# Rows of a weight whose errors stand for those of all.
+NUM_ROWS = 256
+
+Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
+
+
+@dataclass
+class Sensitivity:
+    """Of a group of layers that read one input and get one width."""
+
+    layers: Sequence[str]
+    errors: dict[int, float]  # ‖(W − Ŵ)X‖² by width, of some rows, each rounded to nearest
+    divergence: float = 0.0  # KL(original ‖ changed), nats a token, with the group alone quantized at `width`
+
+    def at(self, num_bits: int, width: int) -> float:
+        """The divergence that ``num_bits`` would cost, where ``width`` cost what was measured."""
+        return self.divergence * self.errors[num_bits] / self.errors[width] if self.errors[width] > 0 else 0.0
+
+
+@torch.inference_mode()
+def measure(
+    skeleton: Skeleton,
+    stage: MixedPrecision,
+    width: int,
+    calibration: Sequence[Tensor],
+    store: Activations,
+    progress: Progress,
+) -> list[Sensitivity]:
+    """The sensitivity of every group of layers, in order; layers on the stage's ignore list are left out.
+
+    ``calibration`` holds samples × tokens for each length of samples. Blocks are loaded one at a time; between them
+    hidden states lie in ``store``.
+    """
+    architecture = skeleton.architecture
+    blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
+    end = skeleton.present([*architecture.after_blocks, architecture.head])[0]
+    groups = {
+        f"{block}.{group[0]}": [name for layer in group if not stage.ignores(name := f"{block}.{layer}")]
+        for block in blocks
+        for group in architecture.linear_groups
+    }
+    groups = {leader: layers for leader, layers in groups.items() if layers}
+    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, *groups, end)]
+    (compared,) = part_of([max(calibration, key=torch.numel)], NUM_COMPARED_TOKENS)
+    original = skeleton.forward_pass(compared)
+    inputs = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_INPUT_TOKENS)]
+    changed = {leader: skeleton.forward_pass(compared) for leader in groups}
+    before, waiting = _begin(skeleton, blocks, original, inputs, changed)
+    found: dict[str, Sensitivity] = {}
+    for index, (block, following) in enumerate(zip(blocks, [*blocks[1:], end], strict=True)):
+        progress(f"plan.{block}", index, len(blocks), 0.0)
+        skeleton.load(block)
+        for number, leader in enumerate(found):
+            store.keep(index + 1, number, changed[leader].advance_to(following))
+        for leader in (leader for leader in groups if leader.startswith(block + ".")):
+            originals = {name: skeleton.linear_weight(name) for name in groups[leader]}
+            found[leader] = _quantize_alone(
+                skeleton, stage, width, originals, [each.advance_to(leader) for each in inputs]
+            )
+            put(before.clone(), waiting.pop(leader))
+            store.keep(index + 1, len(found) - 1, changed[leader].advance_to(following))
+            for name, weight in originals.items():
+                skeleton.assign_linear(name, weight)
+        for each in inputs:
+            each.advance_to(following)
+        before = original.advance_to(following)
+        skeleton.unload(block)
+        release_memory()
+    for each in inputs:
+        each.abandon()
+    _compare(skeleton, original, changed, found)
+    for gate in gates:
+        gate.remove()
+    return list(found.values())
+
+
+def _begin(
+    skeleton: Skeleton,
+    blocks: list[str],
+    original: ForwardPass,
+    inputs: list[ForwardPass],
+    changed: dict[str, ForwardPass],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Bring ``original`` and ``inputs`` to the first block, and each of ``changed``, by its leader, to the leader's.
+
+    Returns what ``original`` brings, and what the others do, which lies in the same memory.
+    """
+    outer = skeleton.present(skeleton.architecture.before_blocks)
+    for name in outer:
+        skeleton.load(name)
+    before = original.advance_to(blocks[0])
+    for each in inputs:
+        each.advance_to(blocks[0])
+    waiting = {}
+    for index, block in enumerate(blocks):
+        # A block's forward is looked up before its gate: what waits there will run it, whatever comes in its place.
+        with skeleton.skipped(blocks[:index]):
+            for leader in (leader for leader in changed if leader.startswith(block + ".")):
+                waiting[leader] = changed[leader].advance_to(block)
+                put(before, waiting[leader])
+    for name in outer:
+        skeleton.unload(name)
+    return before, waiting
+
+
+def _quantize_alone(
+    skeleton: Skeleton, stage: MixedPrecision, width: int, originals: dict[str, Tensor], inputs: list[Tensor]
+) -> Sensitivity:
+    """Give layers, whose weights are ``originals`` and who read ``inputs``, their weights at ``width``."""
+    found = Sensitivity(list(originals), dict.fromkeys(stage.widths, 0.0))
+    statistics = InputStatistics(found.layers[0], inputs[0].shape[-1], stage.statistics, skeleton.device)
+    for each in inputs:
+        statistics.add(each)
+    statistics.finish()
+    importance = statistics.hessian.diagonal().contiguous()
+    for name, weight in originals.items():
+        dtype = skeleton.checkpoint.stored_dtype(f"{name}.weight")
+        layer = Layer(name, weight, dtype, statistics)
+        rows = weight[:: -(-weight.shape[0] // NUM_ROWS)].contiguous()
+        for num_bits in stage.widths:
+            grid = layer.grid(stage.at(num_bits))
+            rounded = quantize_to_nearest(rows, grid, clip_search=True, importance=importance).dequantize()
+            found.errors[num_bits] += energy_of(rows - rounded, statistics.hessian) * weight.shape[0] / rows.shape[0]
+        stage.at(width).compress(layer)
+        skeleton.assign_linear(name, layer.effective_weight())
+    return found
+
+
+def _compare(
+    skeleton: Skeleton, original: ForwardPass, changed: dict[str, ForwardPass], found: dict[str, Sensitivity]
+) -> None:
+    """Bring all through the head, one after another, and note the divergences."""
+    for name in skeleton.present(skeleton.architecture.after_blocks):
+        skeleton.load(name)
+    skeleton.load_head()
+    logits = original.finish()
+    for leader, each in changed.items():
+        found[leader].divergence = max(LEAST_DIVERGENCE, float(kl_divergence(logits, each.finish()).mean()))
+    for name in skeleton.present([*skeleton.architecture.after_blocks, skeleton.architecture.head]):
+        skeleton.unload(name)
