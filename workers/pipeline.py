@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from workers.architectures import Architecture, architecture_of
+from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device
 from workers.engine.journal import Journal
@@ -71,7 +71,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     if architecture.task == "masked":
         check_masks(tokenizer)
     calibration = _calibration(work, recipe, tokenizer, skeleton, emit)
-    probe = _probe(work, tokenizer, architecture)
+    probe = _probe(work, tokenizer, skeleton)
     journal = _journal(work, recipe, emit)
 
     def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
@@ -155,14 +155,15 @@ def _calibration(work: Path, recipe: Recipe, tokenizer: Any, skeleton: Skeleton,
     return samples
 
 
-def _probe(work: Path, tokenizer: Any, architecture: Architecture) -> Tensor:
+def _probe(work: Path, tokenizer: Any, skeleton: Skeleton) -> Tensor:
     """Sequences × tokens of the evaluation text, whose logits the artifact has to give."""
     documents, param = read_documents(work / "source" / "evaluation.jsonl"), "recipe.evaluation.dataset"
-    if architecture.task == "causal":
+    if skeleton.architecture.task == "causal":
         return tokenize(tokenizer, documents, param=param)[:NUM_PROBE_TOKENS].unsqueeze(0)
     # A classifier gives one row of logits a sequence: several short ones say more than a long one.
     text = DOCUMENT_SEPARATOR.join(islice(documents, NUM_PROBE_SEQUENCES * NUM_PROBE_TOKENS))
-    found = sequences(tokenizer, [text], NUM_PROBE_TOKENS // NUM_PROBE_SEQUENCES, param=param, cuts=True)
+    length = min(NUM_PROBE_TOKENS // NUM_PROBE_SEQUENCES, skeleton.checkpoint.max_positions)
+    found = sequences(tokenizer, [text], length, param=param, cuts=True)
     _, longest = of_one_length(found)[-1]
     return longest[:NUM_PROBE_SEQUENCES]
 

@@ -41,7 +41,7 @@ VARIANTS: dict[str, tuple[str, Task, dict[str, Any]]] = {
     },
     "bert-untied": ("bert", "masked", {**ENCODER, "tie_word_embeddings": False}),
     "roberta-untied": ("roberta", "masked", {**ENCODER, "tie_word_embeddings": False}),
-    "bert-chunked": ("bert", "classification", {**ENCODER, "chunk_size_feed_forward": 4}),
+    "bert-chunked": ("bert", "classification", {**ENCODER, "chunk_size_feed_forward": 1}),
 }
 # The rest of the tests run on Llamas, and these go the same ways.
 LIKE_OTHERS = {

@@ -15,7 +15,8 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import TEXTS, certified, compressed, fetched
-from workers.errors import UserError
+from workers.certify import certify
+from workers.errors import CrashError, UserError
 from workers.evaluation.quality import MASKED_FRACTION
 from workers.pipeline import compress
 from workers.sources.inspection import inspect_model
@@ -147,6 +148,18 @@ def test_what_lies_outside_the_blocks_is_ignored_by_loaders(classifier: Path, tm
     before, after = load_file(classifier / "model.safetensors"), load_file(attempt.artifact / "model.safetensors")
     for name in ("bert.pooler.dense.weight", "classifier.weight", "bert.embeddings.word_embeddings.weight"):
         assert torch.equal(before[name], after[name])
+
+
+@pytest.mark.parametrize("name", ["bert.encoder.layer.0.attention.self.value.bias", "bert.pooler.dense.weight"])
+def test_a_classifier_that_was_tampered_with_is_not_certified(name: str, classifier: Path, tmp_path: Path) -> None:
+    attempt = compressed(tmp_path / "work", classifier, {"stages": [GPTQ]})
+    path = attempt.artifact / "model.safetensors"
+    tensors = load_file(path)
+    tensors[name] = tensors[name] * 1.1
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CrashError) as caught:
+        certify(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == "artifact_mismatch"
 
 
 @pytest.mark.parametrize("stage", [{"technique": "awq", "group_size": 32}, {"technique": "smoothquant"}])

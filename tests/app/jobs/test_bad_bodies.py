@@ -254,7 +254,10 @@ def test_many_faults_and_long_keys_are_refused_in_no_time(refused: Refused) -> N
     [
         ({"extra": 1}, "constraints, metadata, model, priority, queue, recipe, timeout_seconds"),
         ({"constraints": {"max_size": 1}}, "max_perplexity_ratio, max_size_bytes, min_accuracy"),
-        ({"recipe": {"stages": [GPTQ], "evaluation": {"tokens": 1}}}, "allow_overlap, dataset, max_seq_length"),
+        (
+            {"recipe": {"stages": [GPTQ], "evaluation": {"tokens": 1}}},
+            "allow_overlap, dataset, label_field, max_seq_length",
+        ),
         ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "allocation, ignore, mask_structure, sparsity"),
         ({"recipe": {"stages": [GPTQ], "calibration": {"dataset": {"texts": ["a"], "x": 1}}}}, "labels, texts"),
     ],
