@@ -287,6 +287,7 @@ def test_constraints_are_held_against_what_was_measured(
         [{**NEAREST, "ignore": ["*"]}],
         [{"technique": "magnitude", "sparsity": 0.5, "ignore": ["model.*"]}, NEAREST],
         [{"technique": "magnitude", "sparsity": 1e-9}],
+        [{"technique": "magnitude", "allocation": "error", "ignore": ["*"]}],
     ],
 )
 def test_a_stage_that_changes_nothing_ends_the_job(

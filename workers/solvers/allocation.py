@@ -47,17 +47,17 @@ def allocate(curves: Mapping[str, ErrorCurve], sparsity: float, bound: float) ->
     bound = min(bound, sparsity / 2, (1 - sparsity) / 2)
     lowest = {name: math.floor((sparsity - bound) * curve.num_weights) for name, curve in curves.items()}
     highest = {name: math.ceil((sparsity + bound) * curve.num_weights) for name, curve in curves.items()}
+    # Error that one more zero adds, on each step of a curve.
+    slopes = {name: curve.errors.diff() * NUM_STEPS / curve.num_weights for name, curve in curves.items()}
 
     def at(price: float) -> dict[str, int]:
         counts = {}
         for name, curve in curves.items():
-            slopes = curve.errors.diff() * NUM_STEPS / curve.num_weights  # error a weight
-            step = int((slopes < price).sum())
-            counts[name] = min(highest[name], max(lowest[name], curve.num_weights * step // NUM_STEPS))
+            count = curve.num_weights * int((slopes[name] < price).sum()) // NUM_STEPS
+            counts[name] = min(highest[name], max(lowest[name], count))
         return counts
 
-    low, high = 0.0, max(float(curve.errors.diff().max()) * NUM_STEPS / curve.num_weights for curve in curves.values())
-    high = 2 * high + 1e-30
+    low, high = 0.0, 2 * max((float(slope.max()) for slope in slopes.values()), default=0.0) + 1e-30
     for _ in range(_BISECTIONS):
         middle = (low + high) / 2
         low, high = (middle, high) if sum(at(middle).values()) <= wanted else (low, middle)
