@@ -27,7 +27,7 @@ from workers.solvers.quantization import quantize_to_nearest
 from workers.techniques.mixed_precision import MixedPrecision
 
 # Tokens whose output is compared. They pass through each block as often as there are groups before it.
-NUM_COMPARED_TOKENS = 1_024
+NUM_COMPARED_TOKENS = 512
 # Tokens of the inputs that errors are weighted by.
 NUM_INPUT_TOKENS = 8_192
 # What is below cannot be told from the rounding of float32, but is still more than nothing.
@@ -167,8 +167,8 @@ def _compare(
     for name in skeleton.present(skeleton.architecture.after_blocks):
         skeleton.load(name)
     skeleton.load_head()
-    logits = original.finish()
+    before = original.finish().log_softmax(dim=-1)
     for leader, each in changed.items():
-        found[leader].divergence = max(LEAST_DIVERGENCE, float(kl_divergence(logits, each.finish()).mean()))
+        found[leader].divergence = max(LEAST_DIVERGENCE, float(kl_divergence(before, each.finish()).mean()))
     for name in skeleton.present([*skeleton.architecture.after_blocks, skeleton.architecture.head]):
         skeleton.unload(name)

@@ -10,7 +10,10 @@ ROWS_AT_A_TIME = 256
 
 
 def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before ‖ after) of every row of logits (… × classes) in nats: float64, flat."""
+    """KL(before ‖ after) of every row in nats: float64, flat.
+
+    ``before`` holds logarithms of probabilities and ``after`` logits, both … × classes.
+    """
     rows = zip(
         torch.split(before.flatten(0, -2), ROWS_AT_A_TIME),
         torch.split(after.flatten(0, -2), ROWS_AT_A_TIME),
@@ -18,6 +21,6 @@ def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
     )
     parts = []
     for left, right in rows:
-        log_before, log_after = left.float().log_softmax(dim=-1), right.float().log_softmax(dim=-1)
-        parts.append((log_before.exp() * (log_before - log_after)).sum(dim=-1, dtype=torch.float64))
+        difference = right.float().log_softmax(dim=-1).neg_().add_(left)
+        parts.append(left.exp().mul_(difference).sum(dim=-1, dtype=torch.float64))
     return torch.cat(parts)
