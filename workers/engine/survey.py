@@ -16,7 +16,7 @@ from workers.techniques import PruningOptions, StageOptions
 
 # A mean square of each column is known well from few tokens, and the hidden states of so few fit into memory.
 NUM_TOKENS = 8_192
-# How far the sparsity of a layer may be from that of all: an error curve knows nothing of what later layers make of it.
+# How far the sparsity of a layer may be from that of all: an error curve knows nothing of what other layers make of it.
 BOUND = 0.1
 
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
@@ -27,23 +27,24 @@ def allocate_sparsities(
 ) -> list[dict[str, float]]:
     """The sparsity of each layer by stage; of stages that give all layers the same one, nothing.
 
-    ``calibration`` is samples × tokens; blocks are loaded one at a time.
+    Every block has as many zeros as with one sparsity for all: relative errors compare layers that stand side by side,
+    and do not say how much the blocks after them make of an error. ``calibration`` is samples × tokens; blocks are
+    loaded one at a time.
     """
-    curves = _survey(skeleton, calibration, progress)
-    sparsities: list[dict[str, float]] = []
-    for stage in stages:
-        sparsities.append({})
-        if isinstance(stage, PruningOptions) and stage.allocation == "error":
-            assert stage.sparsity is not None
-            taken = {name: curve for name, curve in curves.items() if not stage.ignores(name)}
-            counts = allocate(taken, stage.sparsity, BOUND)
-            sparsities[-1] = {name: count / taken[name].num_weights for name, count in counts.items()}
+    sparsities: list[dict[str, float]] = [{} for _ in stages]
+    for curves in _survey(skeleton, calibration, progress):
+        for stage, found in zip(stages, sparsities, strict=True):
+            if isinstance(stage, PruningOptions) and stage.allocation == "error":
+                assert stage.sparsity is not None
+                taken = {name: curve for name, curve in curves.items() if not stage.ignores(name)}
+                counts = allocate(taken, stage.sparsity, BOUND)
+                found |= {name: count / taken[name].num_weights for name, count in counts.items()}
     return sparsities
 
 
 @torch.inference_mode()
-def _survey(skeleton: Skeleton, calibration: Tensor, progress: Progress) -> dict[str, ErrorCurve]:
-    """The error curve of every linear layer of the blocks, on the first samples of ``calibration``."""
+def _survey(skeleton: Skeleton, calibration: Tensor, progress: Progress) -> list[dict[str, ErrorCurve]]:
+    """The error curve of each linear layer of each block, on the first samples of ``calibration``."""
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
     stops = [*blocks, *(f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups)]
@@ -56,8 +57,9 @@ def _survey(skeleton: Skeleton, calibration: Tensor, progress: Progress) -> dict
     each.advance_to(blocks[0])
     for name in outer:
         skeleton.unload(name)
-    curves = {}
+    curves: list[dict[str, ErrorCurve]] = []
     for index, block in enumerate(blocks):
+        curves.append({})
         progress(f"allocate.{block}", index, len(blocks), 0.0)
         skeleton.load(block)
         for group in architecture.linear_groups:
@@ -69,7 +71,7 @@ def _survey(skeleton: Skeleton, calibration: Tensor, progress: Progress) -> dict
             statistics.finish()
             for layer in group:
                 name = f"{block}.{layer}"
-                curves[name] = error_curve(skeleton.linear_weight(name), statistics.input_norms)
+                curves[-1][name] = error_curve(skeleton.linear_weight(name), statistics.input_norms)
         if index + 1 < len(blocks):
             each.advance_to(blocks[index + 1])
         else:
