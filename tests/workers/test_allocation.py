@@ -40,6 +40,10 @@ def test_each_layer_has_its_own_zeros_and_all_together_what_was_asked_for(
     assert max(sparsities.values()) - min(sparsities.values()) > 0.02
     for name, sparsity in sparsities.items():
         assert zeros_of(attempt.artifact, name) == round(sparsity * sizes[name])
+    for block in (".0.", ".1."):
+        names = [name for name in sizes if block in name]
+        zeros = sum(zeros_of(attempt.artifact, name) for name in names)
+        assert zeros == round(0.5 * sum(sizes[name] for name in names))
     assert report["metrics"]["num_zeros"] == round(0.5 * sum(sizes.values()))
 
 

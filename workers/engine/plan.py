@@ -38,7 +38,7 @@ def make_plan(
         UserError: ``budget_too_small``.
     """
     plan: list[dict[str, float]] = [{} for _ in recipe.stages]
-    curves: Mapping[str, ErrorCurve] = {}
+    curves: list[dict[str, ErrorCurve]] = []
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, PruningOptions) and stage.plans:
             curves = curves or survey(skeleton, calibration, progress)
@@ -52,12 +52,19 @@ def make_plan(
     return plan
 
 
-def _sparsities(stage: PruningOptions, curves: Mapping[str, ErrorCurve]) -> dict[str, float]:
-    """The sparsity of each layer."""
+def _sparsities(stage: PruningOptions, curves: Sequence[Mapping[str, ErrorCurve]]) -> dict[str, float]:
+    """The sparsity of each layer.
+
+    Every block has as many zeros as with one sparsity for all: relative errors compare layers that stand side by side,
+    and do not say how much the blocks after them make of an error.
+    """
     assert stage.sparsity is not None
-    taken = {name: curve for name, curve in curves.items() if not stage.ignores(name)}
-    counts = allocate(taken, stage.sparsity, SPARSITY_BOUND)
-    return {name: count / taken[name].num_weights for name, count in counts.items()}
+    sparsities: dict[str, float] = {}
+    for block in curves:
+        taken = {name: curve for name, curve in block.items() if not stage.ignores(name)}
+        counts = allocate(taken, stage.sparsity, SPARSITY_BOUND)
+        sparsities |= {name: count / taken[name].num_weights for name, count in counts.items()}
+    return sparsities
 
 
 def _widths(

@@ -21,8 +21,8 @@ Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fr
 
 
 @torch.inference_mode()
-def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress) -> dict[str, ErrorCurve]:
-    """The error curve of every linear layer of the blocks, on a part of the samples.
+def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress) -> list[dict[str, ErrorCurve]]:
+    """The error curve of each linear layer of each block, on a part of the samples.
 
     ``calibration`` holds samples × tokens for each length of samples; blocks are loaded one at a time.
     """
@@ -38,8 +38,9 @@ def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress
         each.advance_to(blocks[0])
     for name in outer:
         skeleton.unload(name)
-    curves = {}
+    curves: list[dict[str, ErrorCurve]] = []
     for index, block in enumerate(blocks):
+        curves.append({})
         progress(f"plan.{block}", index, len(blocks), 0.0)
         skeleton.load(block)
         for group in architecture.linear_groups:
@@ -52,7 +53,7 @@ def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress
             statistics.finish()
             for layer in group:
                 name = f"{block}.{layer}"
-                curves[name] = error_curve(skeleton.linear_weight(name), statistics.input_norms)
+                curves[-1][name] = error_curve(skeleton.linear_weight(name), statistics.input_norms)
         for each in passes:
             if index + 1 < len(blocks):
                 each.advance_to(blocks[index + 1])

@@ -238,8 +238,8 @@ class PruningOptions(StageOptions):
         Allocation,
         Field(
             description="`uniform`: every layer has the same sparsity. `error`: layers that lose more get less, and "
-            "others more, at the same number of zeros in all. What a layer loses is measured beforehand, in a pass of "
-            "the uncompressed model over a part of the calibration text."
+            "others more, at the same number of zeros in every block. What a layer loses is measured beforehand, in a "
+            "pass of the uncompressed model over a part of the calibration text."
         ),
     ] = "uniform"
 
