@@ -14,6 +14,8 @@ from torch import Tensor
 from workers.architectures import row_of
 from workers.errors import UserError
 
+# Looked at for NaN and infinity at a time: an embedding may be as large as all the rest that is in memory.
+_VALUES_AT_A_TIME = 1 << 20
 _PACKED_SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
@@ -73,7 +75,7 @@ class Checkpoint:
         else:
             tensor = self.stored(name)
         tensor = tensor.to(self._cast or torch.float32).to(torch.float32)
-        if not bool(torch.isfinite(tensor).all()):
+        if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), _VALUES_AT_A_TIME)):
             raise UserError(
                 "non_finite_weights",
                 f"The tensor {name} holds values that are not finite{'' if self._cast is None else ' after the cast'}.",

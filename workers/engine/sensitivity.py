@@ -67,7 +67,7 @@ def measure(
     """
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-    end = skeleton.present([*architecture.after_blocks, architecture.head])[0]
+    end = skeleton.end
     groups = {
         f"{block}.{group[0]}": [name for layer in group if not stage.ignores(name := f"{block}.{layer}")]
         for block in blocks

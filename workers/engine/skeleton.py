@@ -47,6 +47,11 @@ class Skeleton:
         return f"{self.architecture.blocks}.{index}"
 
     @property
+    def end(self) -> str:
+        """Name of the module that a pass meets first after the last block."""
+        return self.present([*self.architecture.after_blocks, self.architecture.head])[0]
+
+    @property
     def hidden_size(self) -> int:
         """Columns of what goes from block to block."""
         return int(self.model.config.get_text_config().hidden_size)

@@ -63,10 +63,14 @@ class Stream:
                     ),
                 )
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-        stops = set(blocks)
+        stops = {*blocks, skeleton.end}
         if calibration:
             stops |= {f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups}
-        gated = [*blocks, *(f"{block}.{layer}" for block in blocks for layer in architecture.linear_layers)]
+        gated = [
+            *blocks,
+            skeleton.end,
+            *(f"{block}.{layer}" for block in blocks for layer in architecture.linear_layers),
+        ]
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = skeleton.forward_pass(probe)
         passes = [skeleton.forward_pass(ids) for samples in calibration for ids in _batches(samples)]
@@ -91,11 +95,13 @@ class Stream:
                 with self._timed("forward"):
                     for each in passes:
                         each.abandon()
-                    self.result.probe_logits = self._finish(probe_pass)
+                    probe_pass.advance_to(skeleton.end)
             skeleton.unload(block)
             del layers
             release_memory()
             self.progress(block, index, len(blocks), (index + 1) / len(blocks))
+        with self._timed("forward"):
+            self.result.probe_logits = self._finish(probe_pass)
         for gate in self._gates.values():
             gate.remove()
         return self.result
@@ -161,10 +167,14 @@ class Stream:
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)
             for layer in layers:
-                self.skeleton.assign_linear(layer.name, layer.effective_weight())
+                # From here on there is one copy of the weight: what was solved is not needed any more.
+                layer.weight, layer.input_statistics = layer.effective_weight(), None
+                self.skeleton.assign_linear(layer.name, layer.weight)
                 grid = None if layer.quantized is None else layer.quantized.grid
                 self._gates[layer.name].transform = self._as_read(grid, layer.input_scale)
             done += layers
+            del statistics, layers
+            release_memory()
         return done
 
     def _as_read(self, grid: Grid | None, scale: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
@@ -270,7 +280,7 @@ class Stream:
         return tensors
 
     def _finish(self, probe_pass: ForwardPass) -> Tensor:
-        """The probe's logits, from the last block through what follows it and the head."""
+        """The probe's logits, through what follows the blocks and the head."""
         skeleton = self.skeleton
         self._outer.load_after_blocks()
         logits = probe_pass.finish().cpu()

@@ -44,10 +44,11 @@ def gptq(
     codes, squared_error = quantize(
         ordered, factor.factor, scale, zero_point, group_of, pruned, grid.lowest, grid.highest, BLOCK_COLUMNS
     )
+    del ordered
     restored = torch.empty_like(codes)
     restored[:, order] = codes
     quantized = QuantizedWeight(restored, scale, zero_point, grid)
-    return quantized, Outcome.solved(weight - quantized.dequantize(), squared_error, energy, factor)
+    return quantized, Outcome.solved(quantized.dequantize().sub_(weight), squared_error, energy, factor)
 
 
 def _quantize_columns(

@@ -10,6 +10,8 @@ from torch import Tensor
 
 # Columns of a tile: XᵀX is symmetric, so only tiles on and above the diagonal are computed.
 TILE_COLUMNS = 256
+# Rows of a weight that are measured at a time, so that there are no more copies of it than its solver needs.
+ROWS_AT_A_TIME = 1024
 
 
 def accumulate(hessian: Tensor, inputs: Tensor) -> None:
@@ -59,8 +61,10 @@ class Outcome:
 
         The sum is the error under the damped Hessian; what the damping adds is taken off. ``energy`` is ‖WX‖².
         """
-        of_columns = torch.linalg.vector_norm(change, dim=0, dtype=torch.float64).square()
-        of_damping = float((of_columns * factor.added).sum())
+        of_damping = 0.0
+        for rows in torch.split(change, ROWS_AT_A_TIME):
+            of_columns = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float64).square()
+            of_damping += float((of_columns * factor.added).sum())
         error = max(0.0, carried - of_damping)
         return cls(error / energy if energy > 0 else 0.0, factor.damping, factor.num_dead_columns)
 
@@ -83,8 +87,11 @@ def energy_of(weight: Tensor, hessian: Tensor) -> float:
     largest = float(torch.linalg.vector_norm(weight, torch.inf))
     if largest == 0:
         return 0.0
-    scaled = weight / largest
-    return largest**2 * float(torch.sum((scaled @ hessian) * scaled))
+    total = 0.0
+    for rows in torch.split(weight, ROWS_AT_A_TIME):
+        scaled = rows / largest
+        total += float(torch.sum((scaled @ hessian).mul_(scaled)))
+    return largest**2 * total
 
 
 def squared_norm(values: Tensor) -> float:
@@ -122,16 +129,32 @@ def inverse_factor(hessian: Tensor, *, act_order: bool, damping: float) -> Inver
     # U is the inverse of R in H = R·Rᵀ, R upper triangular: the Cholesky factor of H with rows and columns reversed.
     # That is one factorization and one triangular inverse, where inverting H first would be three times the work.
     backwards = order.flip(0)
-    reversed_hessian = hessian[backwards][:, backwards]
+    damped = hessian[backwards.unsqueeze(1), backwards]
+    undamped_diagonal = damped.diagonal().clone()
     fraction = damping
     while fraction <= 1.0:
-        damped = reversed_hessian.clone()
         added = mean * fraction + dead * mean
-        damped.diagonal().add_(added[backwards])
+        damped.diagonal().copy_(undamped_diagonal + added[backwards])
         lower, info = torch.linalg.cholesky_ex(damped)
         if int(info) == 0:
-            identity = torch.eye(columns, dtype=lower.dtype, device=lower.device)
-            inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
-            return InverseFactor(order, inverse.flip(0, 1).contiguous(), fraction, added, int(dead.sum()))
+            del damped
+            return InverseFactor(order, _reversed_inverse(lower), fraction, added, int(dead.sum()))
         fraction *= 10.0
     raise NotPositiveDefiniteError("the Hessian is not positive definite at any damping up to 1")
+
+
+def _reversed_inverse(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix, rows and columns reversed.
+
+    Some columns at a time: what lies above their first row is zero, which saves two thirds of the work, and there is
+    never more than the matrix and its inverse in memory.
+    """
+    size = lower.shape[0]
+    inverse = torch.zeros_like(lower, memory_format=torch.contiguous_format)
+    for first in range(0, size, TILE_COLUMNS):
+        last = min(first + TILE_COLUMNS, size)
+        unit = torch.zeros((size - first, last - first), dtype=lower.dtype, device=lower.device)
+        unit.fill_diagonal_(1.0)
+        solved = torch.linalg.solve_triangular(lower[first:, first:], unit, upper=False)
+        inverse[: size - first, size - last : size - first] = solved.flip(0, 1)
+    return inverse

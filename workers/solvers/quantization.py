@@ -65,8 +65,11 @@ class QuantizedWeight:
         if self.grid.is_normal:
             values = NF4.to(codes.device)[codes.to(torch.int64)]
         else:
-            values = codes.to(torch.float32) - self.zero_point.to(torch.float32).unsqueeze(-1)
-        return (values * self.scale.unsqueeze(-1)).view(rows, columns)
+            values = codes.to(torch.float32)
+            if not self.grid.symmetric:
+                values -= self.zero_point.to(torch.float32).unsqueeze(-1)
+        values *= self.scale.unsqueeze(-1)
+        return values.view(rows, columns)
 
 
 def quantize_to_nearest(

@@ -53,7 +53,7 @@ def sparsegpt(
         last = min(first + block, columns)
         if pattern is None:
             # A block is chosen when the errors of the earlier ones have reached it.
-            num_to_here = round(sparsity * rows * last)
+            num_to_here = round(sparsity * (rows * last))
             part = slice(first, last)
             mask[:, part] |= _cheapest(solved[:, part], importance[part], mask[:, part], num_to_here - num_before)
             num_before = num_to_here
