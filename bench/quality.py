@@ -56,14 +56,24 @@ SETTINGS: dict[str, dict[str, Any]] = {
     **_sparsities("magnitude"),
     **_sparsities("wanda"),
     **_sparsities("sparsegpt"),
+    **{
+        f"mixed-{bits}": {
+            "technique": "mixed_precision",
+            "average_bits": float(bits),
+            "group_size": 64,
+            "schemes": ["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16"],
+        }
+        for bits in (4, 3)
+    },
     "smoothquant": {"technique": "smoothquant"},
     "dynamic_int8": {"technique": "dynamic_int8"},
     "fp8": {"technique": "round_to_nearest", "scheme": "FP8"},
     "nf4": {"technique": "round_to_nearest", "scheme": "NF4"},
 }
 # What llm-compressor cannot do without an accelerator, or not at all.
-WITHOUT_PEER = {"awq-4", "awq-3", "magnitude-50", "magnitude-60", "magnitude-2:4", "nf4"}
+WITHOUT_PEER = {"awq-4", "awq-3", "magnitude-50", "magnitude-60", "magnitude-2:4", "nf4", "mixed-4", "mixed-3"}
 CLAIMS = [
+    *((f"mixed-{bits}", f"gptq-{bits}") for bits in (4, 3)),  # as many bits, on average
     *((f"gptq-{bits}", f"{other}-{bits}") for bits in (4, 3) for other in ("awq", "round_to_nearest")),
     *(
         (f"{a}-{s}", f"{b}-{s}")

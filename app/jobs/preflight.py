@@ -20,7 +20,7 @@ from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
 from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
-from workers.techniques import PruningOptions, QuantizationOptions
+from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions
 from workers.techniques.options import group_size_fits
 
 _OFFERED_SIZES = (32, 64, 96, 128, 192, 256)  # in hints
@@ -45,6 +45,7 @@ def check(
         check_format(submission.recipe, facts)
         check_group_size(submission.recipe, facts)
         check_embeddings(submission.recipe, facts)
+        check_budget(submission.recipe, facts)
         check_mask_structure(submission.recipe, facts)
         _check_datasets(submission.recipe, facts, settings)
     except JobError as error:
@@ -117,6 +118,25 @@ def check_embeddings(recipe: Recipe, facts: ModelFacts) -> None:
         param=f"recipe.stages[{len(recipe.stages) - 1}].group_size",
         hint=f"Sizes that fit: {_listed(fitting)}; or null for one scale a channel.",
     )
+
+
+def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
+    """Refuse a limit that the model's parameters exceed even at the fewest bits there are to choose from.
+
+    Raises UserError ``budget_too_small``.
+    """
+    for index, stage in enumerate(recipe.stages):
+        limit = stage.max_size_bytes if isinstance(stage, MixedPrecision) else None
+        if limit is None or not isinstance(stage, MixedPrecision):
+            continue
+        least = facts.num_parameters * stage.widths[0] // 8
+        if limit < least:
+            raise UserError(
+                "budget_too_small",
+                f"{facts.num_parameters:,} parameters at {stage.widths[0]} bits have {least:,} bytes.",
+                param=f"recipe.stages[{index}].max_size_bytes",
+                hint=f"Allow more than {least:,} bytes: scales, and all that is no linear layer, come on top.",
+            )
 
 
 def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:

@@ -13,6 +13,7 @@ pytestmark = pytest.mark.usefixtures("nothing_happens")
 
 NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 PRUNING = {"technique": "magnitude"}
+MIXED = {"technique": "mixed_precision", "group_size": 32}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,21 @@ PRUNING = {"technique": "magnitude"}
         ([{**NF4, "scheme": "W4A16", "double_quant": True}], "invalid_value", "recipe.stages[0]"),
         ([{**NF4, "group_size": 2048}], "invalid_value", "recipe.stages[0]"),
         ([{**NF4, "group_size": 1024}], "group_size_fits_no_layer", "recipe.stages[0].group_size"),
+        ([{**MIXED}], "invalid_value", "recipe.stages[0]"),
+        ([{**MIXED, "average_bits": 5.0, "max_size_bytes": 10**6}], "invalid_value", "recipe.stages[0]"),
+        ([{**MIXED, "average_bits": 3.0}], "invalid_value", "recipe.stages[0]"),
+        ([{**MIXED, "average_bits": 8.0}], "invalid_value", "recipe.stages[0]"),
+        ([{**MIXED, "average_bits": 5.0, "schemes": ["W4A16"]}], "invalid_value", "recipe.stages[0].schemes"),
+        ([{**MIXED, "average_bits": 5.0, "schemes": ["W4A16"] * 2}], "invalid_value", "recipe.stages[0].schemes"),
+        (
+            [{**MIXED, "average_bits": 5.0, "schemes": ["W4A16", "W8A8"]}],
+            "invalid_value",
+            "recipe.stages[0].schemes[1]",
+        ),
+        ([{**MIXED, "average_bits": 5.0, "scheme": "W4A16"}], "invalid_value", "recipe.stages[0].scheme"),
+        ([{**MIXED, "average_bits": 5.0, "embeddings": True}], "invalid_value", "recipe.stages[0]"),
+        ([{**MIXED, "max_size_bytes": 10**6, "schemes": ["W3A16", "W8A16"]}], "invalid_value", "recipe.stages[0]"),
+        ([{**MIXED, "max_size_bytes": 1000}], "budget_too_small", "recipe.stages[0].max_size_bytes"),
         ([GPTQ, PRUNING], "stages_conflict", "recipe.stages[1].technique"),
         ([GPTQ, GPTQ], "stages_conflict", "recipe.stages[1].technique"),
         ([{**GPTQ, "group_size": 100}], "group_size_fits_no_layer", "recipe.stages[0].group_size"),
