@@ -179,7 +179,7 @@ class Recipe(_Part):
     def statistics(self) -> frozenset[Statistic]:
         """What the stages need from calibration."""
         planning: frozenset[Statistic] = frozenset({"input_norms"} if self.plans else ())
-        return planning.union(*(stage.statistics for stage in self.stages))
+        return planning.union(*(stage.needs for stage in self.stages))
 
     @property
     def plans(self) -> bool:

@@ -46,6 +46,8 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"stages": [{**GPTQ, "symmetric": False, "act_order": False, "clip_search": False}]},
         {"stages": [{**GPTQ, "scheme": "W8A16", "group_size": None}]},
         {"stages": [{**GPTQ, "scheme": "W3A16"}]},
+        {"stages": [{**GPTQ, "asymmetric_calibration": True, "embeddings": True}]},
+        {"stages": [{"technique": "sparsegpt", "asymmetric_calibration": True}, {"technique": "smoothquant"}]},
         {"stages": [{**GPTQ, "embeddings": True}]},
         {"stages": [{**INT8, "embeddings": True}]},
         {"stages": [{**NEAREST, "symmetric": False, "embeddings": True, "ignore": ["*.0.self_attn.*"]}]},

@@ -33,9 +33,17 @@ class Stop:
 class ForwardPass:
     """One batch on its way through a model with gates."""
 
-    def __init__(self, model: nn.Module, input_ids: Tensor, options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        options: Mapping[str, Any] | None = None,
+        *,
+        heeds_transforms: bool = True,
+    ) -> None:
         self.input_shape = input_ids.shape  # batch × tokens
         self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, **(options or {})).logits)
+        self._greenlet.heeds_transforms = heeds_transforms
 
     def advance_to(self, name: str) -> Tensor:
         """Go on to the stop called ``name``, past any other, and return the input there."""
@@ -86,7 +94,10 @@ class Gate:
         self._handle.remove()
 
     def _pass(self, _module: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
-        hub = greenlet.getcurrent().parent
+        current = greenlet.getcurrent()
+        hub = current.parent
         if self._stops and hub is not None:
             hub.switch(Stop(self._name, arguments[0]))
-        return arguments if self.transform is None else (self.transform(arguments[0]), *arguments[1:])
+        if self.transform is None or not getattr(current, "heeds_transforms", True):
+            return arguments
+        return (self.transform(arguments[0]), *arguments[1:])

@@ -42,13 +42,10 @@ class Outer:
                 tensors[name] = checkpoint.as_stored(name)
         self._parts.write(PART, tensors)
 
-    def load_before_blocks(self) -> list[str]:
-        """Load what a pass meets before the first block; the names of these modules."""
-        names = self._skeleton.present(self._skeleton.architecture.before_blocks)
-        for name in names:
-            self._skeleton.load(name)
+    def assign_before_blocks(self) -> None:
+        """Give what a pass meets before the first block, which is loaded, the weights of the artifact."""
+        for name in self._skeleton.present(self._skeleton.architecture.before_blocks):
             self._assign_rounded(name, name)
-        return names
 
     def load_after_blocks(self) -> None:
         """Load what a pass meets after the last block, head included."""

@@ -141,6 +141,8 @@ def _quantize_alone(
     skeleton: Skeleton, stage: MixedPrecision, width: int, originals: dict[str, Tensor], inputs: list[Tensor]
 ) -> Sensitivity:
     """Give layers, whose weights are ``originals`` and who read ``inputs``, their weights at ``width``."""
+    # Where everything else is the original's, so is the input.
+    stage = stage.model_copy(update={"asymmetric_calibration": False})
     found = Sensitivity(list(originals), dict.fromkeys(stage.widths, 0.0))
     statistics = InputStatistics(found.layers[0], inputs[0].shape[-1], stage.statistics, skeleton.device)
     for each in inputs:

@@ -86,9 +86,11 @@ class Skeleton:
         module: nn.Module = self.model.get_submodule(name)
         return module
 
-    def forward_pass(self, input_ids: Tensor) -> ForwardPass:
+    def forward_pass(self, input_ids: Tensor, *, heeds_transforms: bool = True) -> ForwardPass:
         """A batch (sequences × tokens) before its way through the model."""
-        return ForwardPass(self.model, input_ids.to(self.device), self.architecture.call_options)
+        return ForwardPass(
+            self.model, input_ids.to(self.device), self.architecture.call_options, heeds_transforms=heeds_transforms
+        )
 
     def linear_weight(self, name: str) -> Tensor:
         """The weight of a loaded linear layer, out_features × in_features whatever way its module has it."""

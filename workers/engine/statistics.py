@@ -27,10 +27,13 @@ class InputStatistics:
         self._absmax: Tensor | None = None
         if "input_absmax" in wanted:
             self._absmax = torch.zeros(in_features, dtype=torch.float32, device=device)
+        self._drift: Tensor | None = None
+        if "drift" in wanted:
+            self._drift = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
         self._factors: dict[tuple[bool, float], InverseFactor | None] = {}
 
-    def add(self, inputs: Tensor) -> None:
-        """Take in the input of one batch: … × in_features."""
+    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+        """Take in the input of one batch, … × in_features; and what the original model reads in its place."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.num_tokens += rows.shape[0]
         if self._hessian is not None:
@@ -39,6 +42,10 @@ class InputStatistics:
             self._squares += rows.square().sum(dim=0)
         if self._absmax is not None:
             torch.maximum(self._absmax, rows.abs().amax(dim=0), out=self._absmax)
+
+        if self._drift is not None:
+            assert original is not None
+            self._drift.addmm_((original.reshape(rows.shape) - rows).T, rows)
 
     def finish(self) -> None:
         """Say that every batch is in: sums become means over tokens.
@@ -49,6 +56,8 @@ class InputStatistics:
         if self._hessian is not None:
             symmetrize(self._hessian)
             self._hessian /= self.num_tokens
+        if self._drift is not None:
+            self._drift /= self.num_tokens
         if self._squares is not None:
             self._squares /= self.num_tokens
         if not bool(torch.isfinite(self.input_norms).all()):
@@ -65,6 +74,8 @@ class InputStatistics:
         other._factors = {}
         if self._hessian is not None:
             other._hessian = self._hessian / scale / scale.unsqueeze(-1)
+        if self._drift is not None:
+            other._drift = self._drift / scale / scale.unsqueeze(-1)
         if self._squares is not None:
             other._squares = self._squares / scale.square()
         if self._absmax is not None:
@@ -76,6 +87,12 @@ class InputStatistics:
         """XᵀX over the number of tokens: float32, in_features × in_features."""
         assert self._hessian is not None
         return self._hessian
+
+    @property
+    def drift(self) -> Tensor:
+        """(X̃ − X)ᵀX over the number of tokens, X̃ being the original model's input: float32, K × K."""
+        assert self._drift is not None
+        return self._drift
 
     @property
     def input_norms(self) -> Tensor:

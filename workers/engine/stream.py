@@ -13,6 +13,7 @@ from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, Gate
 from workers.engine.journal import Journal, part_name
 from workers.engine.layer import Layer
+from workers.engine.originals import Originals
 from workers.engine.outer import Outer
 from workers.engine.plan import make_plan
 from workers.engine.rescaling import take_over
@@ -42,6 +43,7 @@ class Stream:
         self._outer = Outer(skeleton, recipe, journal.parts)
         self.result = Streamed(self._outer.result)
         self._plan: list[dict[str, float]] = [{} for _ in recipe.stages]  # of stages that treat layers differently
+        self._originals = Originals(skeleton, [])
         self._gates: dict[str, Gate] = {}
         self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
 
@@ -73,12 +75,17 @@ class Stream:
         ]
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = skeleton.forward_pass(probe)
-        passes = [skeleton.forward_pass(ids) for samples in calibration for ids in _batches(samples)]
-        everyone = [*passes, probe_pass]
+        batches = [ids for samples in calibration for ids in _batches(samples)]
+        passes = [skeleton.forward_pass(ids) for ids in batches]
+        if "drift" in self.recipe.statistics:
+            self._originals = Originals(
+                skeleton, [skeleton.forward_pass(ids, heeds_transforms=False) for ids in batches]
+            )
+        compressed = [*passes, probe_pass]
         with self._timed("write"):
             self._outer.write()
         with self._timed("forward"):
-            self._begin(blocks, everyone)
+            self._begin(blocks, compressed)
         for index in range(self.journal.num_blocks, len(blocks)):
             block = blocks[index]
             with self._timed("load"):
@@ -88,13 +95,15 @@ class Stream:
                 self.journal.parts.write(part_name(index), self._tensors_of(block, layers))
             if index + 1 < len(blocks):
                 with self._timed("forward"):
-                    hidden = [each.advance_to(blocks[index + 1]) for each in everyone]
+                    hidden = self._originals.advance_to(blocks[index + 1])
+                    hidden += [each.advance_to(blocks[index + 1]) for each in compressed]
                 with self._timed("journal"):
                     self._finish_block(index, hidden)
             else:
                 with self._timed("forward"):
                     for each in passes:
                         each.abandon()
+                    self._originals.abandon()
                     probe_pass.advance_to(skeleton.end)
             skeleton.unload(block)
             del layers
@@ -106,31 +115,36 @@ class Stream:
             gate.remove()
         return self.result
 
-    def _begin(self, blocks: list[str], passes: list[ForwardPass]) -> None:
-        """Bring every pass to the first block that is not finished."""
+    def _begin(self, blocks: list[str], compressed: list[ForwardPass]) -> None:
+        """Bring the passes of the ``compressed`` model, and the originals, to the first block that is not finished."""
         skeleton, journal = self.skeleton, self.journal
         self.result.blocks = [PartResult.from_json(entry) for entry in journal.entries]
         done, first = blocks[: journal.num_blocks], blocks[journal.num_blocks]
-        before_blocks = self._outer.load_before_blocks()
-        if journal.has_activations([[*each.input_shape, skeleton.hidden_size] for each in passes]):
-            with skeleton.skipped(done):
-                for number, each in enumerate(passes):
-                    journal.activations.restore(journal.num_blocks, number, each.advance_to(first))
-            done = []
-        else:
-            for each in passes:
-                each.advance_to(blocks[0])
+        before_blocks = skeleton.present(skeleton.architecture.before_blocks)
+        everyone = [*self._originals.passes, *compressed]
+        kept = journal.has_activations([[*each.input_shape, skeleton.hidden_size] for each in everyone])
+        with skeleton.skipped(done if kept else []):
+            for name in before_blocks:
+                skeleton.load(name)
+            hidden = self._originals.advance_to(first if kept else blocks[0])
+            self._outer.assign_before_blocks()
+            hidden += [each.advance_to(first if kept else blocks[0]) for each in compressed]
         for name in before_blocks:
             skeleton.unload(name)
+        if kept:
+            for number, tensor in enumerate(hidden):
+                journal.activations.restore(journal.num_blocks, number, tensor)
+            return
         for index, block in enumerate(done):
-            self._load_compressed(index, block)
-            for each in passes:
+            skeleton.load(block)
+            self._originals.advance_to(blocks[index + 1])
+            self._assign_compressed(index)
+            for each in compressed:
                 each.advance_to(blocks[index + 1])
             skeleton.unload(block)
 
-    def _load_compressed(self, index: int, block: str) -> None:
-        """Load a finished block with the weights that the artifact will compute with."""
-        self.skeleton.load(block)
+    def _assign_compressed(self, index: int) -> None:
+        """Give a finished block, which is loaded, the weights that the artifact will compute with."""
         grids, stored = self.result.blocks[index].grids, self.journal.parts.read(part_name(index))
         if self.recipe.stores_bitmasks:
             stored = sparse_bitmask.decode(stored)
@@ -167,6 +181,7 @@ class Stream:
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)
             for layer in layers:
+                self._originals.replace(layer.name, self.skeleton.linear_weight(layer.name))
                 # From here on there is one copy of the weight: what was solved is not needed any more.
                 layer.weight, layer.input_statistics = layer.effective_weight(), None
                 self.skeleton.assign_linear(layer.name, layer.weight)
@@ -192,11 +207,13 @@ class Stream:
             return None
         in_features = self.skeleton.linear_weight(leader).shape[1]
         statistics = InputStatistics(leader, in_features, self.recipe.statistics, self.skeleton.device)
-        for each in passes:
+        with self._timed("forward"):
+            originals: Sequence[Tensor | None] = self._originals.advance_to(leader) or [None] * len(passes)
+        for each, original in zip(passes, originals, strict=True):
             with self._timed("forward"):
                 inputs = each.advance_to(leader)
             with self._timed("statistics"):
-                statistics.add(inputs)
+                statistics.add(inputs, original)
         statistics.finish()
         return statistics
 

@@ -143,6 +143,20 @@ def inverse_factor(hessian: Tensor, *, act_order: bool, damping: float) -> Inver
     raise NotPositiveDefiniteError("the Hessian is not positive definite at any damping up to 1")
 
 
+def towards_original(weight: Tensor, drift: Tensor, factor: InverseFactor) -> Tensor:
+    """The weight (rows × K) that comes nearest, on the compressed model's input X, to W on the original's X̃.
+
+    ``drift`` is (X̃ − X)ᵀX over the number of tokens, K × K. The objective is GPTAQ's (Li et al. 2025,
+    arXiv:2504.02692, equation 3). What minimizes it among all real weights is W + W (X̃ − X)ᵀX H⁻¹, and what is left
+    of it for a quantized or pruned one is its distance from that, weighted by H: GPTQ's own problem.
+    """
+    moved = (weight @ drift)[:, factor.order]
+    moved = moved @ factor.factor.T @ factor.factor
+    result = weight.clone()
+    result[:, factor.order] += moved
+    return result
+
+
 def _reversed_inverse(lower: Tensor) -> Tensor:
     """The inverse of a lower triangular matrix, rows and columns reversed.
 

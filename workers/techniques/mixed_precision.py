@@ -86,7 +86,7 @@ class MixedPrecision(SecondOrderOptions):
 
     def at(self, choice: float) -> SecondOrderOptions:
         """The stage as it is for a layer of so many bits."""
-        shared = self.model_dump(include={"group_size", "symmetric", "act_order", "clip_search", "damping", "ignore"})
+        shared = self.model_dump(include=set(SecondOrderOptions.model_fields) - {"scheme"})
         return SecondOrderOptions.model_validate({**shared, "scheme": f"W{int(choice)}A16"})
 
 

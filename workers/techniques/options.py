@@ -21,7 +21,7 @@ WeightScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8
 IntegerScheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8"]
 Scheme = Literal["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W7A16", "W8A16", "W8A8", "FP8", "NF4", "FP16", "BF16"]
 Allocation = Literal["uniform", "error"]
-Statistic = Literal["hessian", "input_norms", "input_absmax"]
+Statistic = Literal["hessian", "input_norms", "input_absmax", "drift"]
 # Block sizes that bitsandbytes knows, but for 2048 and 4096: CPUs with AVX-512 compile for a minute before those.
 NORMAL_FLOAT_GROUP_SIZES = (32, 64, 128, 256, 512, 1024)
 
@@ -68,6 +68,16 @@ Damping = Annotated[
 ]
 
 
+AsymmetricCalibration = Annotated[
+    bool,
+    Field(
+        description="Aim at what the original model's layer gives on the original model's input, and not on the input "
+        "that the layers compressed before it have changed. Runs the calibration text through both models, which takes "
+        "about twice as long."
+    ),
+]
+
+
 def group_size_fits(in_features: int, size: int) -> bool:
     """Whether a layer of ``in_features`` columns can be stored in groups of ``size``."""
     return size >= SMALLEST_GROUP and size % GROUP_MULTIPLE == 0 and in_features % size == 0
@@ -109,6 +119,11 @@ class StageOptions(BaseModel):
     def ignores(self, layer: str) -> bool:
         """Whether the stage leaves the layer of this name as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """What the stage needs from calibration with these options."""
+        return self.statistics
 
     @property
     def plans(self) -> bool:

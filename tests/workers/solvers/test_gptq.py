@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.workers.solvers.hessians import hessian_of, inputs_of, output_error
 from workers.solvers.gptq import _quantize_columns, gptq
-from workers.solvers.hessian import NotPositiveDefiniteError, inverse_factor
+from workers.solvers.hessian import NotPositiveDefiniteError, inverse_factor, towards_original
 from workers.solvers.quantization import Grid, choose_scales, quantize_to_nearest
 
 
@@ -159,3 +159,18 @@ def test_the_result_does_not_depend_on_the_number_of_solver_threads(num_threads:
         symmetric=True, scale_dtype=torch.float32,
     )  # fmt: skip
     assert torch.equal(found[0][:1], one)
+
+
+def test_the_weight_that_is_aimed_at_gives_the_original_output_on_the_changed_input() -> None:
+    torch.manual_seed(0)
+    original = inputs_of(3, 64)
+    changed = original + 0.3 * torch.randn(original.shape)
+    weight = torch.randn(8, 64)
+    tokens = original.shape[0]
+    hessian = hessian_of(changed)
+    drift = (original - changed).T @ changed / tokens * (hessian[0, 0] / (changed.T @ changed / tokens)[0, 0])
+    for act_order in (False, True):
+        factor = inverse_factor(hessian, act_order=act_order, damping=1e-6)
+        aimed = towards_original(weight, drift, factor)
+        expected = torch.linalg.lstsq(changed.double(), (original @ weight.T).double()).solution.T
+        torch.testing.assert_close(aimed.double(), expected, rtol=1e-2, atol=1e-2)
