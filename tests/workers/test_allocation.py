@@ -94,5 +94,5 @@ def test_calibration_text_is_read_by_a_technique_that_otherwise_needs_none(tiny_
     attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [STAGES[0]]})
     assert (attempt.work / "source" / "calibration.jsonl").exists()
     steps = [event["step"] for event in attempt.events if event["event"] == "progress"]
-    assert "allocate.model.layers.1" in steps
+    assert "plan.model.layers.1" in steps
     assert torch.tensor([event.get("fraction", 0.0) for event in attempt.events]).max() <= 1

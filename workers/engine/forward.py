@@ -101,3 +101,23 @@ class Gate:
         if self.transform is None or not getattr(current, "heeds_transforms", True):
             return arguments
         return (self.transform(arguments[0]), *arguments[1:])
+
+
+class SharedTransform:
+    """What several modules read of one input, made once: they are called with it one after another."""
+
+    def __init__(self, transform: Callable[[Tensor], Tensor], num_readers: int) -> None:
+        self._transform = transform
+        self._num_readers = num_readers
+        self._made: tuple[Tensor, Tensor] | None = None
+        self._num_read = 0
+
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """The transform of ``inputs``, forgotten when the last module has read it."""
+        if self._made is None or self._made[0] is not inputs:
+            self._made, self._num_read = (inputs, self._transform(inputs)), 0
+        made = self._made[1]
+        self._num_read += 1
+        if self._num_read == self._num_readers:
+            self._made = None
+        return made

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.device import release_memory
-from workers.engine.forward import ForwardPass, Gate
+from workers.engine.forward import ForwardPass, Gate, SharedTransform
 from workers.engine.journal import Journal, part_name
 from workers.engine.layer import Layer
 from workers.engine.originals import Originals
@@ -185,12 +185,23 @@ class Stream:
                 # From here on there is one copy of the weight: what was solved is not needed any more.
                 layer.weight, layer.input_statistics = layer.effective_weight(), None
                 self.skeleton.assign_linear(layer.name, layer.weight)
-                grid = None if layer.quantized is None else layer.quantized.grid
-                self._gates[layer.name].transform = self._as_read(grid, layer.input_scale)
+            self._set_transforms(layers)
             done += layers
             del statistics, layers
             release_memory()
         return done
+
+    def _set_transforms(self, layers: list[Layer]) -> None:
+        """Have the layers of one input read it as they will in the artifact."""
+        found: dict[tuple[Grid | None, int], list[Layer]] = {}
+        for layer in layers:
+            grid = None if layer.quantized is None else layer.quantized.grid
+            found.setdefault((grid, id(layer.input_scale)), []).append(layer)
+        for (grid, _), alike in found.items():
+            transform = self._as_read(grid, alike[0].input_scale)
+            shared = None if transform is None else SharedTransform(transform, len(alike))
+            for layer in alike:
+                self._gates[layer.name].transform = shared
 
     def _as_read(self, grid: Grid | None, scale: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """What becomes of a layer's input in the artifact: divided by ``scale``, then quantized if ``grid`` says so."""

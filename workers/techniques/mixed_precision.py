@@ -27,11 +27,10 @@ class MixedPrecision(SecondOrderOptions):
         Field(
             min_length=2,
             max_length=7,
-            default_factory=lambda: list(_PACKED_SCHEMES),
             description="What to choose from. With 4 and 8 bits alone codes are stored packed; with other widths the "
             "values are stored, and the report states the packed size.",
         ),
-    ]
+    ] = list(_PACKED_SCHEMES)  # noqa: RUF012 - pydantic copies it
     average_bits: Annotated[
         float | None,
         Field(ge=2, le=8, description="Most bits a weight, on average over the layers, scales not counted."),

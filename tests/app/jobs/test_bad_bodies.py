@@ -205,7 +205,10 @@ def test_every_fault_of_a_request_is_told(refused: Refused) -> None:
 
 
 def test_an_unknown_technique_comes_with_the_known_ones(refused: Refused) -> None:
-    assert "gptq, magnitude, round_to_nearest" in refused(422, recipe={"stages": [{"technique": "gtpq"}]})["hint"]
+    assert (
+        "gptq, magnitude, mixed_precision, round_to_nearest"
+        in refused(422, recipe={"stages": [{"technique": "gtpq"}]})["hint"]
+    )
 
 
 def test_a_group_size_that_fits_no_layer_comes_with_sizes_that_do(refused: Refused) -> None:

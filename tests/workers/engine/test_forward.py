@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.engine.forward import ForwardPass, Gate
+from workers.engine.forward import ForwardPass, Gate, SharedTransform
 from workers.errors import UserError
 
 
@@ -24,6 +24,23 @@ class Model(nn.Module):
         if self.error is not None:
             raise self.error
         return SimpleNamespace(logits=self.second(hidden) + 1)
+
+
+def test_a_shared_transform_is_made_once_for_all_readers_and_then_forgotten() -> None:
+    seen = []
+
+    def doubled(inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(inputs)
+        return 2 * inputs
+
+    shared = SharedTransform(doubled, 2)
+    one, other = torch.ones(2), torch.ones(2)
+    first = shared(one)
+    assert shared(one) is first
+    assert shared(other) is not first
+    assert len(seen) == 2
+    shared(other)
+    assert shared._made is None
 
 
 def started(model: Model, value: float) -> ForwardPass:
