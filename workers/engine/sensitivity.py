@@ -21,7 +21,7 @@ from workers.engine.layer import Layer
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.engine.text import part_of
-from workers.evaluation.divergence import kl_divergence
+from workers.evaluation.divergence import kl_divergence_of_logits
 from workers.solvers.hessian import energy_of
 from workers.solvers.quantization import quantize_to_nearest
 from workers.techniques.mixed_precision import MixedPrecision
@@ -171,6 +171,6 @@ def _compare(
     skeleton.load_head()
     before = original.finish().log_softmax(dim=-1)
     for leader, each in changed.items():
-        found[leader].divergence = max(LEAST_DIVERGENCE, float(kl_divergence(before, each.finish()).mean()))
+        found[leader].divergence = max(LEAST_DIVERGENCE, float(kl_divergence_of_logits(before, each.finish()).mean()))
     for name in skeleton.present([*skeleton.architecture.after_blocks, skeleton.architecture.head]):
         skeleton.unload(name)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.text import of_one_length
+from workers.evaluation.divergence import kl_divergence
 from workers.evaluation.estimates import Estimate, independent_mean
 from workers.evaluation.quality import check_finite
 
@@ -30,7 +31,7 @@ class ClassMeasures:
         """The ``quality`` part of a report."""
         log_before, log_after = self.original_logits.log_softmax(dim=-1), self.logits.log_softmax(dim=-1)
         before, after = self.original_logits.argmax(dim=-1), self.logits.argmax(dim=-1)
-        divergence = (log_before.exp() * (log_before - log_after)).sum(dim=-1)
+        divergence = kl_divergence(log_before, log_after)
         measured = {
             "kl_divergence": independent_mean(divergence),
             "top1_agreement": independent_mean((before == after).double()),

@@ -9,18 +9,16 @@ from torch import Tensor
 ROWS_AT_A_TIME = 256
 
 
-def kl_divergence(before: Tensor, after: Tensor) -> Tensor:
-    """KL(before ‖ after) of every row in nats: float64, flat.
+def kl_divergence(log_before: Tensor, log_after: Tensor) -> Tensor:
+    """KL(before ‖ after) in nats, of logarithms of probabilities (… × classes): one value a row."""
+    return (log_before.exp() * (log_before - log_after)).sum(dim=-1)
 
-    ``before`` holds logarithms of probabilities and ``after`` logits, both … × classes.
-    """
+
+def kl_divergence_of_logits(log_before: Tensor, after: Tensor) -> Tensor:
+    """The same of ``after`` given as logits: flat, and a few rows at a time."""
     rows = zip(
-        torch.split(before.flatten(0, -2), ROWS_AT_A_TIME),
+        torch.split(log_before.flatten(0, -2), ROWS_AT_A_TIME),
         torch.split(after.flatten(0, -2), ROWS_AT_A_TIME),
         strict=True,
     )
-    parts = []
-    for left, right in rows:
-        difference = right.float().log_softmax(dim=-1).neg_().add_(left)
-        parts.append(left.exp().mul_(difference).sum(dim=-1, dtype=torch.float64))
-    return torch.cat(parts)
+    return torch.cat([kl_divergence(left, right.float().log_softmax(dim=-1)) for left, right in rows])

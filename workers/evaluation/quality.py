@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import UserError
+from workers.evaluation.divergence import kl_divergence
 from workers.evaluation.estimates import mean_with_error, perplexity
 
 # Of the tokens of a window that are no special ones, as many are masked as in BERT's training (Devlin et al. 2019).
@@ -147,7 +148,7 @@ def _not_empty(windows: list[Window]) -> list[Window]:
 def _compare(before: Tensor, after: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     log_before, log_after = before.log_softmax(dim=-1), after.log_softmax(dim=-1)
     picked = targets.unsqueeze(-1)
-    divergence = (log_before.exp() * (log_before - log_after)).sum(dim=-1)
+    divergence = kl_divergence(log_before, log_after)
     agreement = before.argmax(dim=-1) == after.argmax(dim=-1)
     return (
         -log_before.gather(-1, picked).squeeze(-1).double().cpu(),
