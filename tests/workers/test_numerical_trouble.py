@@ -41,6 +41,11 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "sparsegpt-2:4": [{"technique": "sparsegpt", "mask_structure": "2:4"}],
     "sparsegpt-gptq": [SPARSEGPT, GPTQ],
 }  # fmt: skip
+# The others go the same ways with other options.
+USUAL = {"nearest-zero-points", "awq", "smoothquant", "wanda", "sparsegpt-gptq"}
+EACH_RECIPE = [
+    pytest.param(stages, id=name, marks=[] if name in USUAL else [pytest.mark.long]) for name, stages in RECIPES.items()
+]
 
 Tensors = dict[str, Tensor]
 Trouble = Callable[[Tensors], None]
@@ -168,7 +173,7 @@ def numbers(value: Any) -> Iterable[float]:
         yield value
 
 
-@pytest.mark.parametrize("stages", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("stages", EACH_RECIPE)
 @pytest.mark.parametrize(("trouble", "recipe"), HANDLED.values(), ids=HANDLED)
 def test_it_is_handled(
     trouble: Trouble, recipe: dict[str, Any], stages: list[dict[str, Any]], model: Path, tmp_path: Path
@@ -179,7 +184,7 @@ def test_it_is_handled(
     assert all(math.isfinite(number) for number in numbers(attempt.report))
 
 
-@pytest.mark.parametrize("stages", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("stages", EACH_RECIPE)
 @pytest.mark.parametrize("trouble", EXTREME.values(), ids=EXTREME)
 def test_it_is_handled_or_named(trouble: Trouble, stages: list[dict[str, Any]], model: Path, tmp_path: Path) -> None:
     attempt = prepared(tmp_path / "work", model, stages, trouble)
@@ -195,7 +200,7 @@ def test_it_is_handled_or_named(trouble: Trouble, stages: list[dict[str, Any]], 
         assert failure.code in NAMED, failure
 
 
-@pytest.mark.parametrize("stages", RECIPES.values(), ids=RECIPES)
+@pytest.mark.parametrize("stages", EACH_RECIPE)
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_no_numbers_are_named(
     value: float, stages: list[dict[str, Any]], model: Path, tmp_path: Path

@@ -44,13 +44,14 @@ def real(quick: Settings, database: Database, storage: Storage) -> Iterator[Supe
 
 
 def kill(settings: Settings, phase: str) -> None:
-    """Kill the process that runs ``phase``."""
+    """Kill the process that runs ``phase``, once it has taken over its log."""
     [log] = settings.work_dir.glob(f"job_*/logs/{phase}.log")
-    [pid] = [
-        child.pid
-        for child in psutil.Process().children(recursive=True)
-        if any(file.path == str(log) for file in child.open_files())
-    ]
+
+    def running() -> list[int]:
+        children = psutil.Process().children(recursive=True)
+        return [child.pid for child in children if any(file.path == str(log) for file in child.open_files())]
+
+    [pid] = wait_until(running)
     os.kill(pid, signal.SIGKILL)
 
 
