@@ -10,6 +10,9 @@ from torch import Tensor
 
 # Columns of a tile: XᵀX is symmetric, so only tiles on and above the diagonal are computed.
 TILE_COLUMNS = 256
+# The whole way fits a weight to what the calibration text happens to be: on SmolLM2 at 3 bits, with 16 × 512 tokens, it
+# was worse than none (log-perplexity +0.019 ± 0.011), a quarter much better (−0.086 ± 0.008).
+DRIFT_STRENGTH = 0.25
 # Rows of a weight that are measured at a time, so that there are no more copies of it than its solver needs.
 ROWS_AT_A_TIME = 1024
 
@@ -143,17 +146,20 @@ def inverse_factor(hessian: Tensor, *, act_order: bool, damping: float) -> Inver
     raise NotPositiveDefiniteError("the Hessian is not positive definite at any damping up to 1")
 
 
-def towards_original(weight: Tensor, drift: Tensor, factor: InverseFactor) -> Tensor:
+def towards_original(
+    weight: Tensor, drift: Tensor, factor: InverseFactor, *, strength: float = DRIFT_STRENGTH
+) -> Tensor:
     """The weight (rows × K) that comes nearest, on the compressed model's input X, to W on the original's X̃.
 
     ``drift`` is (X̃ − X)ᵀX over the number of tokens, K × K. The objective is GPTAQ's (Li et al. 2025,
     arXiv:2504.02692, equation 3). What minimizes it among all real weights is W + W (X̃ − X)ᵀX H⁻¹, and what is left
-    of it for a quantized or pruned one is its distance from that, weighted by H: GPTQ's own problem.
+    of it for a quantized or pruned one is its distance from that, weighted by H: GPTQ's own problem. ``strength`` is the
+    part of the way that is gone.
     """
     moved = (weight @ drift)[:, factor.order]
     moved = moved @ factor.factor.T @ factor.factor
     result = weight.clone()
-    result[:, factor.order] += moved
+    result[:, factor.order] += strength * moved
     return result
 
 

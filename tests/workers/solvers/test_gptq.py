@@ -171,6 +171,6 @@ def test_the_weight_that_is_aimed_at_gives_the_original_output_on_the_changed_in
     drift = (original - changed).T @ changed / tokens * (hessian[0, 0] / (changed.T @ changed / tokens)[0, 0])
     for act_order in (False, True):
         factor = inverse_factor(hessian, act_order=act_order, damping=1e-6)
-        aimed = towards_original(weight, drift, factor)
+        aimed = towards_original(weight, drift, factor, strength=1.0)
         expected = torch.linalg.lstsq(changed.double(), (original @ weight.T).double()).solution.T
         torch.testing.assert_close(aimed.double(), expected, rtol=1e-2, atol=1e-2)
