@@ -153,8 +153,8 @@ def towards_original(
 
     ``drift`` is (X̃ − X)ᵀX over the number of tokens, K × K. The objective is GPTAQ's (Li et al. 2025,
     arXiv:2504.02692, equation 3). What minimizes it among all real weights is W + W (X̃ − X)ᵀX H⁻¹, and what is left
-    of it for a quantized or pruned one is its distance from that, weighted by H: GPTQ's own problem. ``strength`` is the
-    part of the way that is gone.
+    of it for a quantized or pruned one is its distance from that, weighted by H: GPTQ's own problem. ``strength`` is
+    the part of the way that is gone.
     """
     moved = (weight @ drift)[:, factor.order]
     moved = moved @ factor.factor.T @ factor.factor
