@@ -54,6 +54,11 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     )
 
 
+def test_certification_leaves_nothing_of_its_own_in_the_artifact(tiny_llama: Path, tmp_path: Path) -> None:
+    artifact = certified(tmp_path / "work", tiny_llama, ARCHIVE).artifact
+    assert [path.name for path in artifact.iterdir() if path.is_dir()] == []
+
+
 def test_an_archive_is_smaller_and_its_report_says_both_sizes(archive: Path, dense: Path, tiny_llama: Path) -> None:
     size = json.loads((archive / "report.json").read_text())["size"]
     stored = sum(path.stat().st_size for path in archive.glob("*.safetensors"))
