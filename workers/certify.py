@@ -26,7 +26,7 @@ from workers.model_card import model_card
 from workers.recipe import Recipe
 from workers.report import check_constraints, outcome_of, quality_part, report_of, speed_part
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import PruningOptions, QuantizationOptions
+from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -42,8 +42,8 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     Returns ``result`` (what a job shows) and ``constraints_violated``.
 
     Raises:
-        CrashError: ``artifact_mismatch``, ``artifact_incomplete``, ``zeros_missing`` or ``not_on_grid``: the artifact
-            is not what was computed.
+        CrashError: ``artifact_mismatch``, ``artifact_incomplete``, ``zeros_missing``, ``not_on_grid`` or
+            ``size_exceeded``: the artifact is not what was computed.
         UserError: ``not_smaller`` or ``non_finite_evaluation``.
     """
     begin = time.perf_counter()
@@ -156,6 +156,10 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
             param="recipe.output.format",
             hint="Ask for more sparsity; or set recipe.output.format to safetensors, which stores the zeros too.",
         )
+    stage = recipe.quantization
+    limit = stage.max_size_bytes if isinstance(stage, MixedPrecision) else None
+    if limit is not None and artifact_bytes > limit:
+        raise CrashError("size_exceeded", f"The result has {artifact_bytes:,} bytes; {limit:,} were allowed.")
     if artifact_bytes >= original_bytes and not is_proven:
         raise UserError(
             "not_smaller",

@@ -178,13 +178,13 @@ class Recipe(_Part):
     @property
     def statistics(self) -> frozenset[Statistic]:
         """What the stages need from calibration."""
-        planning: frozenset[Statistic] = frozenset({"input_norms"} if self.plans else ())
+        planning: frozenset[Statistic] = frozenset({"input_norms"} if self.plan_share else ())
         return planning.union(*(stage.needs for stage in self.stages))
 
     @property
-    def plans(self) -> bool:
-        """Whether a stage treats layers differently, by what is measured beforehand."""
-        return any(stage.plans for stage in self.stages)
+    def plan_share(self) -> float:
+        """What part of the time goes into a plan of how to treat each layer; 0 where there is none."""
+        return max(stage.plan_share for stage in self.stages)
 
     @property
     def stores_codes(self) -> bool:

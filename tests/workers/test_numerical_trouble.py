@@ -32,6 +32,8 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "dynamic-int8": [{"technique": "dynamic_int8"}],
     "gptq": [GPTQ],
     "gptq-zero-points": [{**GPTQ, "symmetric": False, "act_order": False}],
+    "asymmetric": [{**GPTQ, "asymmetric_calibration": True}],
+    "mixed": [{"technique": "mixed_precision", "average_bits": 5.0, "group_size": 32}],
     "awq": [{"technique": "awq", "group_size": 32}],
     "smoothquant": [{"technique": "smoothquant"}],
     "magnitude": [{"technique": "magnitude", "sparsity": 0.5}],
@@ -42,7 +44,7 @@ RECIPES: dict[str, list[dict[str, Any]]] = {
     "sparsegpt-gptq": [SPARSEGPT, GPTQ],
 }  # fmt: skip
 # The others go the same ways with other options.
-USUAL = {"nearest-zero-points", "awq", "smoothquant", "wanda", "sparsegpt-gptq"}
+USUAL = {"nearest-zero-points", "mixed", "awq", "smoothquant", "wanda", "sparsegpt-gptq"}
 EACH_RECIPE = [
     pytest.param(stages, id=name, marks=[] if name in USUAL else [pytest.mark.long]) for name, stages in RECIPES.items()
 ]

@@ -15,14 +15,15 @@ from workers.errors import UserError
 from workers.formats.compressed_tensors import stored_bytes
 from workers.recipe import Recipe
 from workers.solvers.allocation import ErrorCurve, allocate
-from workers.solvers.widths import BudgetTooSmallError, Choices, choose
+from workers.solvers.widths import Choices, choose
 from workers.techniques import MixedPrecision, PruningOptions
 from workers.techniques.options import usable_group_size
 
 # How far the sparsity of a layer may be from that of all: an error curve knows nothing of what later layers make of it.
 SPARSITY_BOUND = 0.1
-# A safetensors header says of each tensor its name, type, shape and place.
+# A safetensors header says of each tensor its name, type, shape and place; long names have less than so many bytes.
 _HEADER_BYTES_A_TENSOR = 220
+_TENSORS_A_LAYER = 4  # codes, shape, scale and zero-point
 
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
@@ -40,15 +41,17 @@ def make_plan(
     plan: list[dict[str, float]] = [{} for _ in recipe.stages]
     curves: list[dict[str, ErrorCurve]] = []
     for index, stage in enumerate(recipe.stages):
-        if isinstance(stage, PruningOptions) and stage.plans:
+        if isinstance(stage, PruningOptions) and stage.plan_share:
             curves = curves or survey(skeleton, calibration, progress)
             plan[index] = _sparsities(stage, curves)
         elif isinstance(stage, MixedPrecision):
+            budget = _Budget(skeleton, stage)
+            budget.check(f"recipe.stages[{index}].max_size_bytes")
             store = Activations(folder)
-            width = _nearest(stage.widths, _average_bits(skeleton, stage))
+            width = min(stage.widths, key=lambda width: abs(width - budget.average_bits))
             groups = measure(skeleton, stage, width, calibration, store, progress)
             store.remove()
-            plan[index] = _widths(skeleton, stage, groups, width, f"recipe.stages[{index}]")
+            plan[index] = _widths(stage, budget, groups, width)
     return plan
 
 
@@ -67,70 +70,72 @@ def _sparsities(stage: PruningOptions, curves: Sequence[Mapping[str, ErrorCurve]
     return sparsities
 
 
-def _widths(
-    skeleton: Skeleton, stage: MixedPrecision, groups: Sequence[Sensitivity], width: int, param: str
-) -> dict[str, float]:
+def _widths(stage: MixedPrecision, budget: _Budget, groups: Sequence[Sensitivity], width: int) -> dict[str, float]:
     """The width of each layer."""
     things = [
         Choices(
-            tuple(sum(_cost(skeleton, stage, layer, bits) for layer in group.layers) for bits in stage.widths),
+            tuple(sum(budget.cost(layer, bits) for layer in group.layers) for bits in stage.widths),
             tuple(group.at(bits, width) for bits in stage.widths),
         )
         for group in groups
     ]
-    layers = [layer for group in groups for layer in group.layers]
-    kept = 0 if stage.max_size_bytes is None else _bytes_of_the_rest(skeleton, set(layers))
-    try:
-        chosen = choose(things, _budget(skeleton, stage, layers) - kept)
-    except BudgetTooSmallError as error:
-        # An average is never below the narrowest width.
-        raise UserError(
-            "budget_too_small",
-            f"With every layer at {stage.widths[0]} bits the result has about {error.least + kept:,} bytes.",
-            param=f"{param}.max_size_bytes",
-            hint=f"Allow at least {error.least + kept:,} bytes, or larger groups.",
-        ) from error
+    chosen = choose(things, budget.room)
     return {layer: stage.widths[choice] for group, choice in zip(groups, chosen, strict=True) for layer in group.layers}
 
 
-def _average_bits(skeleton: Skeleton, stage: MixedPrecision) -> float:
-    """The average that the budget allows, about."""
-    if stage.average_bits is not None:
-        return stage.average_bits
-    layers = [name for name in skeleton.block_layers if not stage.ignores(name)]
-    num_weights = sum(skeleton.num_weights(layer) for layer in layers)
-    assert stage.max_size_bytes is not None
-    room = stage.max_size_bytes - _bytes_of_the_rest(skeleton, set(layers))
-    return 8 * room / max(1, num_weights)
+class _Budget:
+    """What the layers that a stage takes may cost together: bytes on disk, or bits of codes."""
 
+    def __init__(self, skeleton: Skeleton, stage: MixedPrecision) -> None:
+        self._skeleton = skeleton
+        self._stage = stage
+        self._layers = [name for name in skeleton.block_layers if not stage.ignores(name)]
+        self._num_weights = sum(map(skeleton.num_weights, self._layers))
+        if stage.max_size_bytes is not None:
+            self.room = stage.max_size_bytes - self._rest_bytes()
+        else:
+            assert stage.average_bits is not None
+            self.room = int(stage.average_bits * self._num_weights)
 
-def _budget(skeleton: Skeleton, stage: MixedPrecision, layers: Sequence[str]) -> int:
-    if stage.max_size_bytes is not None:
-        return stage.max_size_bytes
-    assert stage.average_bits is not None
-    return int(stage.average_bits * sum(skeleton.num_weights(layer) for layer in layers))
+    @property
+    def average_bits(self) -> float:
+        """Of a weight, about."""
+        bits = self.room if self._stage.max_size_bytes is None else 8 * self.room
+        return bits / max(1, self._num_weights)
 
+    def cost(self, layer: str, num_bits: int) -> int:
+        """Of one layer at this width."""
+        skeleton, stage = self._skeleton, self._stage
+        if stage.max_size_bytes is None:
+            return num_bits * skeleton.num_weights(layer)
+        rows, columns = skeleton.linear_shape(layer)
+        size = usable_group_size(columns, stage.group_size)
+        scale_bytes = skeleton.checkpoint.stored_dtype(f"{layer}.weight").itemsize
+        tensors = stored_bytes(rows, columns, num_bits, size, scale_bytes, symmetric=stage.symmetric)
+        return tensors + _TENSORS_A_LAYER * _HEADER_BYTES_A_TENSOR
 
-def _cost(skeleton: Skeleton, stage: MixedPrecision, layer: str, num_bits: int) -> int:
-    """Of the budget: bytes on disk, or bits of codes."""
-    if stage.max_size_bytes is None:
-        return num_bits * skeleton.num_weights(layer)
-    rows, columns = skeleton.linear_shape(layer)
-    size = usable_group_size(columns, stage.group_size)
-    scale_bytes = skeleton.checkpoint.stored_dtype(f"{layer}.weight").itemsize
-    tensors = stored_bytes(rows, columns, num_bits, size, scale_bytes, symmetric=stage.symmetric)
-    return tensors + 4 * _HEADER_BYTES_A_TENSOR
+    def check(self, param: str) -> None:
+        """Raise UserError ``budget_too_small`` if the fewest bits do not fit: before anything is measured."""
+        least = sum(self.cost(layer, self._stage.widths[0]) for layer in self._layers)
+        if least <= self.room:
+            return
+        assert self._stage.max_size_bytes is not None  # an average is never below the fewest bits
+        needed = self._stage.max_size_bytes - self.room + least
+        raise UserError(
+            "budget_too_small",
+            f"With every layer at {self._stage.widths[0]} bits the result has about {needed:,} bytes.",
+            param=param,
+            hint=f"Allow at least {needed:,} bytes, or larger groups.",
+        )
 
-
-def _bytes_of_the_rest(skeleton: Skeleton, layers: set[str]) -> int:
-    """Of everything that the stage does not touch."""
-    names = [name for name in skeleton.checkpoint.parameters() if name.removesuffix(".weight") not in layers]
-    return sum(
-        skeleton.model.get_parameter(name).numel() * skeleton.checkpoint.stored_dtype(name).itemsize
-        + _HEADER_BYTES_A_TENSOR
-        for name in names
-    )
-
-
-def _nearest(widths: Sequence[int], average: float) -> int:
-    return min(widths, key=lambda width: abs(width - average))
+    def _rest_bytes(self) -> int:
+        """Of everything that the stage does not touch, each tied matrix once."""
+        skeleton, checkpoint = self._skeleton, self._skeleton.checkpoint
+        taken = {f"{layer}.weight" for layer in self._layers} | set(
+            skeleton.architecture.tied_parameters(checkpoint.config)
+        )
+        return sum(
+            skeleton.num_values(name) * checkpoint.stored_dtype(name).itemsize + _HEADER_BYTES_A_TENSOR
+            for name in checkpoint.parameters()
+            if name not in taken
+        )

@@ -8,6 +8,7 @@ the group's own input, since for small changes the divergence grows with the squ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ NUM_COMPARED_TOKENS = 512
 NUM_INPUT_TOKENS = 8_192
 # What is below cannot be told from the rounding of float32, but is still more than nothing.
 LEAST_DIVERGENCE = 1e-9
+LARGEST_DIVERGENCE = 1e6
+# Of the time, that of the blocks; the rest is the head's, which every group goes through.
+_SHARE_OF_BLOCKS = 0.7
 # Rows of a weight whose errors stand for those of all.
 NUM_ROWS = 256
 
@@ -48,7 +52,10 @@ class Sensitivity:
 
     def at(self, num_bits: int, width: int) -> float:
         """The divergence that ``num_bits`` would cost, where ``width`` cost what was measured."""
-        return self.divergence * self.errors[num_bits] / self.errors[width] if self.errors[width] > 0 else 0.0
+        if self.errors[width] <= 0:
+            return 0.0
+        cost = self.divergence * self.errors[num_bits] / self.errors[width]
+        return cost if math.isfinite(cost) else LARGEST_DIVERGENCE
 
 
 @torch.inference_mode()
@@ -82,7 +89,7 @@ def measure(
     before, waiting = _begin(skeleton, blocks, original, inputs, changed)
     found: dict[str, Sensitivity] = {}
     for index, (block, following) in enumerate(zip(blocks, [*blocks[1:], end], strict=True)):
-        progress(f"plan.{block}", index, len(blocks), 0.0)
+        progress(f"plan.{block}", index, len(blocks), _SHARE_OF_BLOCKS * index / len(blocks))
         skeleton.load(block)
         for number, leader in enumerate(found):
             store.keep(index + 1, number, changed[leader].advance_to(following))
@@ -102,7 +109,15 @@ def measure(
         release_memory()
     for each in inputs:
         each.abandon()
-    _compare(skeleton, original, changed, found)
+    _compare(
+        skeleton,
+        original,
+        changed,
+        found,
+        lambda done: progress(
+            "plan.compare", len(blocks) - 1, len(blocks), _SHARE_OF_BLOCKS + (1 - _SHARE_OF_BLOCKS) * done
+        ),
+    )
     for gate in gates:
         gate.remove()
     return list(found.values())
@@ -163,14 +178,23 @@ def _quantize_alone(
 
 
 def _compare(
-    skeleton: Skeleton, original: ForwardPass, changed: dict[str, ForwardPass], found: dict[str, Sensitivity]
+    skeleton: Skeleton,
+    original: ForwardPass,
+    changed: dict[str, ForwardPass],
+    found: dict[str, Sensitivity],
+    progress: Callable[[float], None],
 ) -> None:
     """Bring all through the head, one after another, and note the divergences."""
     for name in skeleton.present(skeleton.architecture.after_blocks):
         skeleton.load(name)
     skeleton.load_head()
     before = original.finish().log_softmax(dim=-1)
-    for leader, each in changed.items():
-        found[leader].divergence = max(LEAST_DIVERGENCE, float(kl_divergence_of_logits(before, each.finish()).mean()))
+    for number, (leader, each) in enumerate(changed.items()):
+        progress(number / len(changed))
+        divergence = float(kl_divergence_of_logits(before, each.finish()).mean())
+        # What is no number any more is the worst that a width can do.
+        found[leader].divergence = (
+            max(LEAST_DIVERGENCE, divergence) if math.isfinite(divergence) else LARGEST_DIVERGENCE
+        )
     for name in skeleton.present([*skeleton.architecture.after_blocks, skeleton.architecture.head]):
         skeleton.unload(name)

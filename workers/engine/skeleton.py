@@ -76,6 +76,12 @@ class Skeleton:
         """Of a linear layer, loaded or not."""
         return math.prod(self.linear_shape(name))
 
+    def num_values(self, name: str) -> int:
+        """Of a parameter or buffer, loaded or not."""
+        module, _, last = name.rpartition(".")
+        value: Tensor = getattr(self.module(module), last)
+        return value.numel()
+
     def present(self, names: Iterable[str]) -> list[str]:
         """Those of the modules that this model has."""
         known = {name for name, _ in self.model.named_modules()}

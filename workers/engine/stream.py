@@ -39,7 +39,13 @@ class Stream:
         self.skeleton = skeleton
         self.recipe = recipe
         self.journal = journal
-        self.progress = progress
+        share = recipe.plan_share
+        self.progress: Progress = lambda step, block, num_blocks, fraction: progress(
+            step, block, num_blocks, share + (1 - share) * fraction
+        )
+        self._plan_progress: Progress = lambda step, block, num_blocks, fraction: progress(
+            step, block, num_blocks, share * fraction
+        )
         self._outer = Outer(skeleton, recipe, journal.parts)
         self.result = Streamed(self._outer.result)
         self._plan: list[dict[str, float]] = [{} for _ in recipe.stages]  # of stages that treat layers differently
@@ -56,12 +62,12 @@ class Stream:
         the artifact has to give.
         """
         skeleton, architecture = self.skeleton, self.skeleton.architecture
-        if self.recipe.plans:
+        if self.recipe.plan_share:
             with self._timed("plan"):
                 self._plan = self.journal.once(
                     "plan",
                     lambda: make_plan(
-                        skeleton, self.recipe, calibration, self.journal.folder / "planning", self.progress
+                        skeleton, self.recipe, calibration, self.journal.folder / "planning", self._plan_progress
                     ),
                 )
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]

@@ -41,7 +41,7 @@ def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress
     curves: list[dict[str, ErrorCurve]] = []
     for index, block in enumerate(blocks):
         curves.append({})
-        progress(f"plan.{block}", index, len(blocks), 0.0)
+        progress(f"plan.{block}", index, len(blocks), index / len(blocks))
         skeleton.load(block)
         for group in architecture.linear_groups:
             leader = f"{block}.{group[0]}"

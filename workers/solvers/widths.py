@@ -14,28 +14,17 @@ class Choices:
     losses: tuple[float, ...]
 
 
-class BudgetTooSmallError(ValueError):
-    """Even the cheapest choices cost more than the budget."""
-
-    def __init__(self, least: int) -> None:
-        super().__init__(f"the cheapest choices cost {least}")
-        self.least = least
-
-
 def choose(things: Sequence[Choices], budget: int) -> list[int]:
     """The number of the choice for each thing: the sum of costs at most ``budget``, the sum of losses small.
 
     From the cheapest choices on, the step that saves most loss for its cost is taken as long as one fits (Everett's
     Lagrange multipliers, 1963, along the convex hull of each thing's choices, then what is left of the budget spent
     on what still fits). Less than one step of one thing is lost against the best choice.
-
-    Raises:
-        BudgetTooSmallError: The cheapest choices do not fit.
+    The cheapest choices have to fit.
     """
     chosen = [0] * len(things)
     room = budget - sum(thing.costs[0] for thing in things)
-    if room < 0:
-        raise BudgetTooSmallError(budget - room)
+    assert room >= 0, "even the cheapest choices cost more than the budget"
     while True:
         steps = [
             (_saving(thing, chosen[number], choice), -number, choice)

@@ -7,10 +7,10 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from workers.techniques.options import IntegerScheme, QuantizationOptions
-from workers.techniques.second_order import SecondOrderOptions
+from workers.techniques.second_order import SecondOrderQuantization
 
 
-class GPTQ(SecondOrderOptions):
+class GPTQ(SecondOrderQuantization):
     """Second-order quantization with calibration text; arXiv:2210.17323."""
 
     summary: ClassVar[str] = (

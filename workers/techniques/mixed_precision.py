@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, WeightScheme
-from workers.techniques.second_order import SecondOrderOptions
+from workers.techniques.second_order import SecondOrderQuantization
 
 _PACKED_SCHEMES: tuple[WeightScheme, ...] = ("W4A16", "W8A16")
 
 
-class MixedPrecision(SecondOrderOptions):
+class MixedPrecision(SecondOrderQuantization):
     """GPTQ at a width for every group of layers that read one input."""
 
     summary: ClassVar[str] = (
@@ -27,6 +27,7 @@ class MixedPrecision(SecondOrderOptions):
         Field(
             min_length=2,
             max_length=7,
+            fail_fast=True,
             description="What to choose from. With 4 and 8 bits alone codes are stored packed; with other widths the "
             "values are stored, and the report states the packed size.",
         ),
@@ -75,21 +76,22 @@ class MixedPrecision(SecondOrderOptions):
     def facts_of(cls, stage: Mapping[str, Any]) -> SchemeFacts | None:
         """The same of a stage that is not yet validated; None where it names no scheme."""
         schemes = stage.get("schemes", list(_PACKED_SCHEMES))
-        known = [scheme for scheme in schemes if scheme in SCHEMES] if isinstance(schemes, list) else []
+        names = schemes[: len(SCHEMES)] if isinstance(schemes, list) else []
+        known = [name for name in names if isinstance(name, str) and name in SCHEMES]
         return _deciding(known) if known else None
 
     @property
-    def plans(self) -> bool:
-        """Always: that is what it does."""
-        return True
+    def plan_share(self) -> float:
+        """Every group of layers is tried alone."""
+        return 0.5
 
-    def at(self, choice: float) -> SecondOrderOptions:
+    def at(self, choice: float) -> SecondOrderQuantization:
         """The stage as it is for a layer of so many bits."""
-        shared = self.model_dump(include=set(SecondOrderOptions.model_fields) - {"scheme"})
-        return SecondOrderOptions.model_validate({**shared, "scheme": f"W{int(choice)}A16"})
+        shared = self.model_dump(include=set(SecondOrderQuantization.model_fields) - {"scheme"})
+        return SecondOrderQuantization.model_validate({**shared, "scheme": f"W{int(choice)}A16"})
 
 
-def _deciding(schemes: list[Any]) -> SchemeFacts:
+def _deciding(schemes: Sequence[str]) -> SchemeFacts:
     """The facts of a width that has no packed layout, if there is one, else of the narrowest."""
     found = sorted((SCHEMES[scheme] for scheme in schemes), key=lambda facts: facts.num_bits)
     return next((facts for facts in found if facts.num_bits not in PACKED_BITS), found[0])

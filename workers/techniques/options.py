@@ -57,27 +57,6 @@ GROUP_MULTIPLE = 8
 _N_OF_M = re.compile(r"([1-9]\d{0,2}):([1-9]\d{0,2})")
 
 
-Damping = Annotated[
-    float,
-    Field(
-        gt=0,
-        le=1,
-        description="Added to the Hessian's diagonal, as a fraction of its mean; grown until the Cholesky "
-        "factorization succeeds.",
-    ),
-]
-
-
-AsymmetricCalibration = Annotated[
-    bool,
-    Field(
-        description="Aim at what the original model's layer gives on the original model's input, and not on the input "
-        "that the layers compressed before it have changed. Runs the calibration text through both models, which takes "
-        "about twice as long."
-    ),
-]
-
-
 def group_size_fits(in_features: int, size: int) -> bool:
     """Whether a layer of ``in_features`` columns can be stored in groups of ``size``."""
     return size >= SMALLEST_GROUP and size % GROUP_MULTIPLE == 0 and in_features % size == 0
@@ -126,9 +105,12 @@ class StageOptions(BaseModel):
         return self.statistics
 
     @property
-    def plans(self) -> bool:
-        """Whether layers are treated differently, by what is measured before the first of them is compressed."""
-        return False
+    def plan_share(self) -> float:
+        """What part of the job's time goes into measuring, before the first layer is compressed, how to treat each.
+
+        Roughly, for the progress; 0 where all are treated alike.
+        """
+        return 0.0
 
     def at(self, choice: float) -> StageOptions:
         """The stage as it is for a layer that such a plan gives ``choice``."""
@@ -295,9 +277,9 @@ class PruningOptions(StageOptions):
         return self
 
     @property
-    def plans(self) -> bool:
-        """Whether layers have sparsities of their own."""
-        return self.allocation == "error"
+    def plan_share(self) -> float:
+        """A short pass, where layers have sparsities of their own."""
+        return 0.1 if self.allocation == "error" else 0.0
 
     def at(self, choice: float) -> Self:
         """The stage with the sparsity of one layer."""

@@ -1,4 +1,4 @@
-"""What techniques that quantize by the Hessian of the calibration have in common."""
+"""What techniques that use the Hessian of the calibration have in common."""
 
 from __future__ import annotations
 
@@ -6,16 +6,57 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from workers.techniques.options import AsymmetricCalibration, Damping, QuantizationOptions, Statistic
+from workers.techniques.options import QuantizationOptions, StageOptions, Statistic
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
+    from workers.solvers.hessian import InverseFactor
 
 
-class SecondOrderOptions(QuantizationOptions):
-    """Options of a technique that compensates each column's error in the columns not yet done."""
+class SecondOrder(StageOptions):
+    """Options of a technique that makes up for each column's error in the columns not yet done."""
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+
+    damping: Annotated[
+        float,
+        Field(
+            gt=0,
+            le=1,
+            description="Added to the Hessian's diagonal, as a fraction of its mean; grown until the Cholesky "
+            "factorization succeeds.",
+        ),
+    ] = 0.01
+    asymmetric_calibration: Annotated[
+        bool,
+        Field(
+            description="Aim at what the original model's layer gives on the original model's input, and not on the "
+            "input that the layers compressed before it have changed. Runs the calibration text through both models."
+        ),
+    ] = False
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """The Hessian, and the drift if the output is to be the original model's."""
+        return self.statistics | {"drift"} if self.asymmetric_calibration else self.statistics
+
+    def prepare(self, layer: Layer, *, act_order: bool, otherwise: str) -> InverseFactor | None:
+        """The factor to solve ``layer`` with, whose weight now is what is aimed at.
+
+        None if no damping makes the Hessian usable; the report then says that the layer is ``otherwise``.
+        """
+        from workers.solvers.hessian import towards_original
+
+        factor = layer.statistics.inverse_factor(act_order=act_order, damping=self.damping)
+        if factor is None:
+            layer.fall_back("hessian_not_positive_definite", f"{otherwise}: no damping made the Hessian usable")
+        elif self.asymmetric_calibration:
+            layer.weight = towards_original(layer.weight, layer.statistics.drift, factor)
+        return factor
+
+
+class SecondOrderQuantization(SecondOrder, QuantizationOptions):
+    """The same of one that quantizes."""
 
     act_order: Annotated[
         bool,
@@ -27,26 +68,18 @@ class SecondOrderOptions(QuantizationOptions):
     clip_search: Annotated[
         bool, Field(description="Search each scale for the least squared error, instead of covering the extremes.")
     ] = True
-    damping: Damping = 0.01
-    asymmetric_calibration: AsymmetricCalibration = False
-
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        """The Hessian, and the drift if the output is to be the original model's."""
-        return self.statistics | {"drift"} if self.asymmetric_calibration else self.statistics
 
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Quantize ``layer`` with the Hessian of its input."""
         from workers.solvers.gptq import gptq
-        from workers.solvers.hessian import towards_original
 
-        statistics = layer.statistics
-        factor = statistics.inverse_factor(act_order=self.act_order, damping=self.damping)
-        if factor is None:
-            layer.fall_back("hessian_not_positive_definite", "rounded to nearest: no damping made the Hessian usable")
-        elif self.asymmetric_calibration:
-            layer.weight = towards_original(layer.weight, statistics.drift, factor)
+        factor = self.prepare(layer, act_order=self.act_order, otherwise="rounded to nearest")
         layer.quantized, outcome = gptq(
-            layer.weight, statistics.hessian, factor, layer.grid(self), clip_search=self.clip_search, zeros=layer.zeros
+            layer.weight,
+            layer.statistics.hessian,
+            factor,
+            layer.grid(self),
+            clip_search=self.clip_search,
+            zeros=layer.zeros,
         )
         return outcome.to_metrics()

@@ -83,6 +83,8 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
             "invalid_value",
             "recipe.stages[0].schemes[1]",
         ),
+        ([{**MIXED, "average_bits": 5.0, "schemes": [[], {}]}], "invalid_value", "recipe.stages[0].schemes[0]"),
+        ([{**MIXED, "average_bits": 5.0, "schemes": "W4A16"}], "invalid_type", "recipe.stages[0].schemes"),
         ([{**MIXED, "average_bits": 5.0, "scheme": "W4A16"}], "invalid_value", "recipe.stages[0].scheme"),
         ([{**MIXED, "average_bits": 5.0, "embeddings": True}], "invalid_value", "recipe.stages[0]"),
         ([{**MIXED, "max_size_bytes": 10**6, "schemes": ["W3A16", "W8A16"]}], "invalid_value", "recipe.stages[0]"),

@@ -91,3 +91,4 @@ def test_an_abandoned_pass_ends_without_a_word() -> None:
     one.advance_to("first")
     one.abandon()
     one.abandon()
+    assert one._greenlet.dead

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from workers.solvers.widths import BudgetTooSmallError, Choices, choose
+from workers.solvers.widths import Choices, choose
 
 
 def convex(generator: random.Random) -> Choices:
@@ -50,9 +50,3 @@ def test_what_loses_most_gets_the_room() -> None:
 
 def test_a_choice_that_costs_more_and_loses_as_much_is_not_made() -> None:
     assert choose([Choices((2, 4), (0.0, 0.0))], 100) == [0]
-
-
-def test_a_budget_below_the_least_says_what_is_needed() -> None:
-    with pytest.raises(BudgetTooSmallError) as caught:
-        choose([Choices((2, 4), (1.0, 0.0)), Choices((3, 6), (1.0, 0.0))], 4)
-    assert caught.value.least == 5
