@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from workers.disk import write_json
 from workers.engine.device import compute_device, peak_device_memory_bytes
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.held_out import HeldOut
@@ -20,7 +21,6 @@ from workers.evaluation.speed import check_reads, check_runs, measure_reading, m
 from workers.fingerprint import environment_of
 from workers.formats import load_sparse
 from workers.formats.opening import Opened, open_archive, open_checkpoint
-from workers.formats.parts import write_json
 from workers.formats.snippets import load_snippet
 from workers.model_card import model_card
 from workers.recipe import Recipe

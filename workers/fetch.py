@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from workers.disk import write_json
 from workers.errors import InfrastructureError, UserError
 from workers.formats import load_sparse
 from workers.recipe import Recipe
@@ -69,10 +70,10 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
         )
     emit(_resolved(facts.to_dict()))
     data = write_texts(recipe, source, model_roots, labels=labels_of(recipe.evaluation, facts.config))
-    _write_json(source / "data.json", data)
+    write_json(source / "data.json", data)
     states = file_states(destination)
     check_same(before, states)
-    _write_json(source / "model.json", {**facts.to_dict(), "fingerprint": states})
+    write_json(source / "model.json", {**facts.to_dict(), "fingerprint": states})
     mark_complete(source, request)
     emit(_progress(1.0))
 
@@ -185,7 +186,7 @@ def _clean_settings(folder: CheckpointFolder, destination: Path) -> None:
             cleaned = without_code(settings)
             if cleaned != settings:
                 (destination / name).unlink()
-                _write_json(destination / name, cleaned)
+                write_json(destination / name, cleaned)
 
 
 def _check_tokenizer(folder: CheckpointFolder) -> None:
@@ -231,7 +232,3 @@ def _resolved(facts: dict[str, Any]) -> dict[str, Any]:
 
 def _progress(fraction: float) -> dict[str, Any]:
     return {"event": "progress", "fraction": fraction, "step": "fetch"}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

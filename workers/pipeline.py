@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from workers.architectures import architecture_of
+from workers.disk import write_json
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device
 from workers.engine.journal import Journal
@@ -35,7 +36,7 @@ from workers.engine.text import (
 from workers.errors import UserError
 from workers.fingerprint import change_of, fingerprint, made_under
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
-from workers.formats.parts import Parts, write_json
+from workers.formats.parts import Parts
 from workers.recipe import Recipe
 from workers.sources.tokenizer_file import tokenizer_failures
 from workers.sources.unchanged import check_unchanged

@@ -126,11 +126,10 @@ def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
     Raises UserError ``budget_too_small``.
     """
     for index, stage in enumerate(recipe.stages):
-        limit = stage.max_size_bytes if isinstance(stage, MixedPrecision) else None
-        if limit is None or not isinstance(stage, MixedPrecision):
+        if not isinstance(stage, MixedPrecision) or stage.max_size_bytes is None:
             continue
         least = facts.num_parameters * stage.widths[0] // 8
-        if limit < least:
+        if stage.max_size_bytes < least:
             raise UserError(
                 "budget_too_small",
                 f"{facts.num_parameters:,} parameters at {stage.widths[0]} bits have {least:,} bytes.",

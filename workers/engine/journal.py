@@ -18,8 +18,9 @@ from typing import Any
 import torch
 import xxhash
 
+from workers.disk import flush, write_json
 from workers.engine.activations import Activations
-from workers.formats.parts import Parts, flush, write_json
+from workers.formats.parts import Parts
 
 _IDENTITY = "identity.json"
 _READ_BYTES = 1 << 24

@@ -16,6 +16,8 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from workers.disk import flush, write_json
+
 LARGEST_SHARD_BYTES = 4_000_000_000
 _PIECE_BYTES = 16 << 20
 # One entry only: safetensors writes several in random order, and the same recipe has to give the same bytes.
@@ -74,12 +76,6 @@ class Parts:
         write_json(destination / f"{stem}.safetensors.index.json", index)
 
 
-def write_json(path: Path, value: object) -> None:
-    """Write ``value`` as JSON that people can read, flushed to the disk."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    flush(path)
-
-
 @dataclass(frozen=True)
 class _Entry:
     name: str
@@ -128,12 +124,3 @@ def _write_shard(path: Path, entries: list[_Entry]) -> None:
                     remaining -= len(piece)
         output.flush()
         os.fsync(output.fileno())
-
-
-def flush(path: Path) -> None:
-    """Have the disk hold what was written to a file, or to a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

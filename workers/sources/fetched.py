@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from workers.disk import flush
 from workers.sources.unchanged import FileStates, file_state
 
 MARKER = "fetched.json"  # in {work}/source, written last
@@ -17,13 +18,13 @@ def mark_complete(source: Path, request: dict[str, Any]) -> None:
     """Say that ``source`` holds everything that ``request`` asks for. Flushed first: a power cut may come."""
     for path in _files(source):
         if not path.is_symlink():
-            _flush(path)
+            flush(path)
     temporary = source / f".{MARKER}.tmp"
     marker = {"asked": _asked(request), "revision": request["model"].get("revision"), "files": _states(source)}
     temporary.write_text(json.dumps(marker), encoding="utf-8")
-    _flush(temporary)
+    flush(temporary)
     temporary.rename(source / MARKER)
-    _flush(source)
+    flush(source)
 
 
 def is_complete(source: Path, request: dict[str, Any]) -> bool:
@@ -66,11 +67,3 @@ def _files(source: Path) -> list[Path]:
 def _states(source: Path) -> FileStates:
     """Of every file below ``source``, those that links lead to included."""
     return {str(path.relative_to(source)): file_state(path) for path in _files(source)}
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

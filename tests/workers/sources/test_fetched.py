@@ -4,27 +4,18 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.workers.sources.checkpoints import write_llama
-from tests.workers.sources.hub_server import Hub, Repository, serve_hub
+from tests.workers.sources.hub_server import Hub
 from workers.errors import JobError
 from workers.fetch import fetch
 
 RECIPE: dict[str, Any] = {"stages": [{"technique": "gptq"}]}
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve_hub() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-        running.repositories["models/org/tiny"] = Repository(write_llama(tmp_path / "tiny", shards=2))
-        yield running
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,22 +14,13 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from tests.workers.sources.checkpoints import HIDDEN, INTERMEDIATE, write_llama
-from tests.workers.sources.hub_server import TOKEN, Hub, Repository, serve_hub
+from tests.workers.sources.hub_server import TOKEN, Hub, Repository
 from workers.errors import InfrastructureError, JobError, UserError
 from workers.fetch import fetch
 from workers.sources.datasets import check_dataset
 from workers.sources.facts import ModelFacts
 from workers.sources.hub import open_snapshot
 from workers.sources.inspection import inspect_model
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve_hub() as running:
-        monkeypatch.setenv("HF_ENDPOINT", running.url)
-        monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
-        running.repositories["models/org/tiny"] = Repository(write_llama(tmp_path / "tiny", shards=2))
-        yield running
 
 
 def inspect(model_id: str = "org/tiny", revision: str | None = None, token: str | None = None) -> ModelFacts:
