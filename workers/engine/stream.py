@@ -275,7 +275,7 @@ class Stream:
         if producer is None:
             return
         name = f"{block}.{producer.name}"
-        scale = None if producer.kind == "linear" and stage.ignores(name) else stage.input_scale(layers)
+        scale = None if producer.kind == "linear" and stage.ignores(name) else stage.input_scale(layers, producer)
         if scale is None:
             return
         if not all(layer.can_be_scaled(scale) for layer in layers):

@@ -12,6 +12,7 @@ from workers.techniques.options import QuantizationOptions, Statistic, WeightSch
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workers.architectures import Producer
     from workers.engine.layer import Layer
 
 
@@ -30,7 +31,7 @@ class AWQ(QuantizationOptions):
         bool, Field(description="Search each scale for the least error, weighted by the activations.")
     ] = True
 
-    def input_scale(self, layers: Sequence[Layer]) -> Tensor:
+    def input_scale(self, layers: Sequence[Layer], producer: Producer) -> Tensor:  # noqa: ARG002
         """The scale that errs least over all ``layers`` together."""
         from workers.solvers.quantization import quantize_to_nearest
         from workers.solvers.scaling import activation_aware_scale

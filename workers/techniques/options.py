@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workers.architectures import Producer
     from workers.engine.layer import Layer
 
 Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
@@ -116,10 +117,10 @@ class StageOptions(BaseModel):
         """The stage as it is for a layer that such a plan gives ``choice``."""
         raise NotImplementedError
 
-    def input_scale(self, layers: Sequence[Layer]) -> Tensor | None:  # noqa: ARG002
+    def input_scale(self, layers: Sequence[Layer], producer: Producer) -> Tensor | None:  # noqa: ARG002
         """By what to divide the input that all ``layers`` read, and to multiply their columns; None for nothing.
 
-        Asked before they are compressed, and only where whatever makes the input can take the scale over.
+        Asked before they are compressed, and only where ``producer``, which makes the input, can take the scale over.
         """
         return None
 

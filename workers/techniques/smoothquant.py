@@ -12,6 +12,7 @@ from workers.techniques.options import QuantizationOptions, Statistic
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from workers.architectures import Producer
     from workers.engine.layer import Layer
 
 
@@ -26,16 +27,30 @@ class SmoothQuant(QuantizationOptions):
     technique: Literal["smoothquant"] = "smoothquant"
     scheme: Literal["W8A8"] = "W8A8"
     smoothing_strength: Annotated[
-        float, Field(ge=0, le=1, description="How much of the difficulty goes from the activations to the weights.")
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="How much of the difficulty goes from the activations to the weights, where a norm makes the "
+            "input: its outliers are in the same columns for every token.",
+        ),
+    ] = 0.8
+    linear_smoothing_strength: Annotated[
+        float,
+        Field(
+            ge=0,
+            le=1,
+            description="The same where another linear layer makes the input: its outliers come with single tokens, "
+            "for which the weights of all would pay.",
+        ),
     ] = 0.5
 
-    def input_scale(self, layers: Sequence[Layer]) -> Tensor:
+    def input_scale(self, layers: Sequence[Layer], producer: Producer) -> Tensor:
         """The scale between the input's and the weights' largest values."""
         from workers.solvers.scaling import smoothing_scale
 
-        return smoothing_scale(
-            layers[0].statistics.input_absmax, [layer.weight for layer in layers], self.smoothing_strength
-        )
+        strength = self.linear_smoothing_strength if producer.kind == "linear" else self.smoothing_strength
+        return smoothing_scale(layers[0].statistics.input_absmax, [layer.weight for layer in layers], strength)
 
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Round the weights of ``layer``; its input is quantized by whoever runs the model."""
