@@ -1,9 +1,11 @@
 """One technique on SmolLM2-135M: our time and perplexity against llm-compressor's, in one call, in turns.
 
     .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda | smoothquant] [--runs 1] [--num-samples 64]
+        [--our-samples 4]
 
 Both compute in float32 with the same samples and threads, each in a process of its own, and are timed from the
-start of the process to the files on disk. The limit is the floating-point operations of one forward pass and of the
+start of the process to the files on disk. With --our-samples we take fewer of them: how soon is the perplexity reached
+that the peer has with all? The limit is the floating-point operations of one forward pass and of the
 Hessians at the rate that this machine reaches in a large product, measured between the runs.
 """
 
@@ -37,6 +39,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--runs", type=int, default=1, help="of each, in turns")
     arguments.add_argument("--num-samples", type=int, default=64)
+    arguments.add_argument("--our-samples", type=int, help="fewer samples on our side than on the peer's")
     arguments.add_argument("--max-seq-length", type=int, default=512)
     arguments.add_argument("--technique", choices=["gptq", "sparsegpt", "wanda", "smoothquant", "awq"], default="gptq")
     arguments.add_argument("--group-size", type=int, default=64, help="of gptq and awq")
@@ -66,7 +69,8 @@ def main() -> None:
         if python is not None:
             theirs.append(_timed(_peer_command(python, work, model, options)))
             rates.append(gemm_rate())
-    _check_same_samples(work, tokenizer, samples)
+    if options.our_samples is None:
+        _check_same_samples(work, tokenizer, samples)
     test_ids = torch.tensor(tokenizer(wikitext("test"))["input_ids"])[:EVALUATION_TOKENS]
     folders = {"original": model, "attar": work / "attar" / "artifact", "llm-compressor": work / "llm-compressor"}
     losses = {name: token_losses(folder, test_ids) for name, folder in folders.items() if folder.exists()}
@@ -83,7 +87,10 @@ def main() -> None:
     rate = statistics.median(rates)
     config = json.loads((model / "config.json").read_text())
     operations = limit_operations(
-        config, samples.numel(), samples.shape[1], hessians=options.technique in {"gptq", "awq", "sparsegpt"}
+        config,
+        _our_samples(options) * samples.shape[1],
+        samples.shape[1],
+        hessians=options.technique in {"gptq", "awq", "sparsegpt"},
     )
     limit = operations / rate
     print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
@@ -125,8 +132,12 @@ def _check_same_samples(work: Path, tokenizer: Any, samples: torch.Tensor) -> No
 
 def _our_command(work: Path, model: Path, options: argparse.Namespace) -> list[str]:
     return [sys.executable, "-m", "bench.our_side", str(model), str(work / "calibration.txt"), str(work / "attar"),
-            "--num-samples", str(options.num_samples), "--max-seq-length", str(options.max_seq_length),
+            "--num-samples", str(_our_samples(options)), "--max-seq-length", str(options.max_seq_length),
             "--stage", json.dumps(_stage(options)), "--num-threads", str(_num_threads())]  # fmt: skip
+
+
+def _our_samples(options: argparse.Namespace) -> int:
+    return int(options.our_samples or options.num_samples)
 
 
 def _peer_command(python: Path, work: Path, model: Path, options: argparse.Namespace) -> list[str]:
