@@ -1,12 +1,12 @@
 """One technique on SmolLM2-135M: our time and perplexity against llm-compressor's, in one call, in turns.
 
     .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda | smoothquant] [--runs 1] [--num-samples 64]
-        [--our-samples 4]
+        [--our-samples 64 4]
 
 Both compute in float32 with the same samples and threads, each in a process of its own, and are timed from the
-start of the process to the files on disk. With --our-samples we take fewer of them: how soon is the perplexity reached
-that the peer has with all? The limit is the floating-point operations of one forward pass and of the
-Hessians at the rate that this machine reaches in a large product, measured between the runs.
+start of the process to the files on disk. With --our-samples we take that many of them, in one run for each number: how
+soon is the perplexity reached that the peer has with all? The limit is the floating-point operations of one forward
+pass and of the Hessians at the rate that this machine reaches in a large product, measured between the runs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--runs", type=int, default=1, help="of each, in turns")
     arguments.add_argument("--num-samples", type=int, default=64)
-    arguments.add_argument("--our-samples", type=int, help="fewer samples on our side than on the peer's")
+    arguments.add_argument("--our-samples", type=int, nargs="+", help="of our side, if not as many as the peer's")
     arguments.add_argument("--max-seq-length", type=int, default=512)
     arguments.add_argument("--technique", choices=["gptq", "sparsegpt", "wanda", "smoothquant", "awq"], default="gptq")
     arguments.add_argument("--group-size", type=int, default=64, help="of gptq and awq")
@@ -62,41 +62,48 @@ def main() -> None:
     save_file({"input_ids": samples}, work / "samples.safetensors")
     (work / "calibration.txt").write_text(text, encoding="utf-8")
 
-    ours, theirs, rates = [], [], [gemm_rate()]
+    counts = options.our_samples or [options.num_samples]
+    ours: dict[int, list[float]] = {count: [] for count in counts}
+    theirs: list[float] = []
+    rates = [gemm_rate()]
     for _ in range(options.runs):
-        ours.append(_timed(_our_command(work, model, options)))
-        rates.append(gemm_rate())
+        for count in counts:
+            ours[count].append(_timed(_our_command(work, model, count, options)))
+            rates.append(gemm_rate())
         if python is not None:
             theirs.append(_timed(_peer_command(python, work, model, options)))
             rates.append(gemm_rate())
-    if options.our_samples is None:
-        _check_same_samples(work, tokenizer, samples)
+    for count in counts:
+        _check_samples(_our_folder(work, count), tokenizer, samples, count)
     test_ids = torch.tensor(tokenizer(wikitext("test"))["input_ids"])[:EVALUATION_TOKENS]
-    folders = {"original": model, "attar": work / "attar" / "artifact", "llm-compressor": work / "llm-compressor"}
+    folders = {"original": model, "llm-compressor": work / "llm-compressor"}
+    folders |= {_our_name(count): _our_folder(work, count) / "artifact" for count in counts}
     losses = {name: token_losses(folder, test_ids) for name, folder in folders.items() if folder.exists()}
     for name, loss in losses.items():
         print(f"perplexity  {name:16} {math.exp(float(loss.mean())):.3f}")
     if theirs:
-        found = paired_difference(losses["attar"], losses["llm-compressor"])
-        print(f"log-perplexity, ours less theirs: {found.value:+.5f} ± {found.standard_error:.5f}")
-    print(f"seconds     attar            {_spread(ours)}")
-    if theirs:
         print(f"seconds     llm-compressor   {_spread(theirs)}")
-        ratios = [mine / other for mine, other in zip(ours, theirs, strict=True)]
-        print(f"ratio of times               {_spread(ratios)}")
     rate = statistics.median(rates)
     config = json.loads((model / "config.json").read_text())
-    operations = limit_operations(
-        config,
-        _our_samples(options) * samples.shape[1],
-        samples.shape[1],
-        hessians=options.technique in {"gptq", "awq", "sparsegpt"},
-    )
-    limit = operations / rate
-    print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
-    print(f"attar takes {statistics.median(ours) / limit:.2f} times that")
-    seconds = json.loads((work / "attar" / "compressed.json").read_text())["seconds"]
-    print("where our last run's seconds went:", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
+    for count in counts:
+        print(f"\nattar with {count} samples")
+        print(f"seconds     {_spread(ours[count])}")
+        if theirs:
+            ratios = [mine / other for mine, other in zip(ours[count], theirs, strict=True)]
+            print(f"ratio       {_spread(ratios)}")
+            found = paired_difference(losses[_our_name(count)], losses["llm-compressor"])
+            print(f"log-perplexity, ours less theirs: {found.value:+.5f} ± {found.standard_error:.5f}")
+        operations = limit_operations(
+            config,
+            count * samples.shape[1],
+            samples.shape[1],
+            hessians=options.technique in {"gptq", "awq", "sparsegpt"},
+        )
+        limit = operations / rate
+        print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
+        print(f"we take {statistics.median(ours[count]) / limit:.2f} times that")
+        seconds = json.loads((_our_folder(work, count) / "compressed.json").read_text())["seconds"]
+        print("where our last run's seconds went:", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items()))
 
 
 def limit_operations(config: dict[str, Any], num_tokens: int, length: int, *, hessians: bool) -> float:
@@ -122,22 +129,26 @@ def gemm_rate(seconds: float = 2.0) -> float:
     return 2 * 4096 * 1536 * 1536 * count / (time.perf_counter() - begin)
 
 
-def _check_same_samples(work: Path, tokenizer: Any, samples: torch.Tensor) -> None:
-    """Our job cut its samples from the text by itself: they have to be those that the peer was given."""
-    documents = read_documents(work / "attar" / "source" / "calibration.jsonl")
+def _check_samples(folder: Path, tokenizer: Any, samples: torch.Tensor, count: int) -> None:
+    """Our job cut its samples from the text by itself: they have to be those that the peer was given, if as many."""
+    documents = read_documents(folder / "source" / "calibration.jsonl")
     ids = tokenize(tokenizer, documents, param="bench")
-    ours = calibration_samples(ids, samples.shape[0], samples.shape[1], seed=0)
-    assert torch.equal(samples, ours), "the samples are not the same"
+    ours = calibration_samples(ids, count, samples.shape[1], seed=0)
+    assert count != samples.shape[0] or torch.equal(samples, ours), "the samples are not the same"
 
 
-def _our_command(work: Path, model: Path, options: argparse.Namespace) -> list[str]:
-    return [sys.executable, "-m", "bench.our_side", str(model), str(work / "calibration.txt"), str(work / "attar"),
-            "--num-samples", str(_our_samples(options)), "--max-seq-length", str(options.max_seq_length),
+def _our_name(count: int) -> str:
+    return f"attar-{count}"
+
+
+def _our_folder(work: Path, count: int) -> Path:
+    return work / _our_name(count)
+
+
+def _our_command(work: Path, model: Path, count: int, options: argparse.Namespace) -> list[str]:
+    return [sys.executable, "-m", "bench.our_side", str(model), str(work / "calibration.txt"),
+            str(_our_folder(work, count)), "--num-samples", str(count), "--max-seq-length", str(options.max_seq_length),
             "--stage", json.dumps(_stage(options)), "--num-threads", str(_num_threads())]  # fmt: skip
-
-
-def _our_samples(options: argparse.Namespace) -> int:
-    return int(options.our_samples or options.num_samples)
 
 
 def _peer_command(python: Path, work: Path, model: Path, options: argparse.Namespace) -> list[str]:
