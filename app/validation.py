@@ -11,6 +11,7 @@ from pydantic_core.core_schema import ErrorType
 from app.body_schema import BodySchema
 from workers.recipe import RecipeError
 from workers.techniques import TECHNIQUES
+from workers.techniques.options import OptionError
 
 _CODES = {
     "extra_forbidden": "unknown_field",
@@ -72,6 +73,8 @@ def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
         return Fault(code="json_invalid", detail=str(cause), param=None)
     if isinstance(cause, RecipeError):
         return Fault(code=cause.code, detail=_sentence(str(cause)), param=f"recipe.{cause.param}")
+    if isinstance(cause, OptionError):
+        return Fault(code=_code(kind), detail=f"{cause}.", param=_written([*path, cause.option]))
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         path = [*path, "technique"]
     detail, hint = error["msg"].removeprefix("Value error, "), context.get("hint")

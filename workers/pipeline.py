@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import shutil
 from collections.abc import Callable
@@ -67,6 +68,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     architecture = architecture_of(checkpoint.config)
     # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
     skeleton = Skeleton(checkpoint, architecture, compute_device())
+    _warn_of_ignored(recipe, skeleton, emit)
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if architecture.task == "masked":
@@ -103,6 +105,18 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     )
     for index, stage in enumerate(stages):
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
+
+
+def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
+    """Say which patterns name no layer: a typing error there would have a layer compressed that was to be spared."""
+    names = {*skeleton.linear_layers, skeleton.architecture.embedding}
+    for index, stage in enumerate(recipe.stages):
+        for number, pattern in enumerate(stage.ignore):
+            if not fnmatch.filter(names, pattern):
+                example = skeleton.block_layers[0]
+                message = f"{pattern!r} names no linear layer of this model, so it spares none; one is {example}."
+                param = f"recipe.stages[{index}].ignore[{number}]"
+                emit({"event": "warning", "code": "ignores_nothing", "message": message[:500], "param": param})
 
 
 def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:

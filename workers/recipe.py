@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from workers.techniques import TECHNIQUES, QuantizationOptions, Stage
+from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
 from workers.techniques.options import PACKED_BITS, SchemeFacts, Statistic
 
 RECIPE_VERSION: Literal[1] = 1
@@ -261,6 +262,7 @@ def check_stages(recipe: Recipe) -> None:
             f"stages[{quantizing[0] + 1}].technique",
             "nothing can follow quantization; move this stage before it",
         )
+    _check_sparsities(recipe)
     output, quantization = recipe.output, recipe.quantization
     if output.format in ("compressed-tensors", "bitsandbytes") and quantization is None:
         raise RecipeError(
@@ -279,6 +281,21 @@ def check_stages(recipe: Recipe) -> None:
         raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
     if quantization is not None:
         _check_output_of(quantization, output)
+
+
+def _check_sparsities(recipe: Recipe) -> None:
+    """Raise RecipeError ``nothing_changed`` where a pruning stage finds all the zeros that it asks for."""
+    pruning = [(index, stage) for index, stage in enumerate(recipe.stages) if isinstance(stage, PruningOptions)]
+    for (before, earlier), (index, later) in pairwise(pruning):
+        assert earlier.sparsity is not None
+        assert later.sparsity is not None
+        is_uniform = all(each.pattern is None and each.allocation == "uniform" for each in (earlier, later))
+        if is_uniform and later.sparsity <= earlier.sparsity and set(earlier.ignore) <= set(later.ignore):
+            raise RecipeError(
+                "nothing_changed",
+                f"stages[{index}].sparsity",
+                f"stages[{before}] leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
+            )
 
 
 def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:

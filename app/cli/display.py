@@ -93,6 +93,8 @@ def _step(job: Mapping[str, Any]) -> str:
         name = job["stages"][stage]["technique"]
         num_stages = len(job["stages"])
         names.append(f"stage {stage + 1} of {num_stages}: {name}" if num_stages > 1 else name)
+    if step.startswith("plan."):  # a pass of its own over all blocks, before the first is compressed
+        names.append("planning")
     if progress.get("block") is not None and progress.get("num_blocks"):
         names.append(f"block {progress['block'] + 1} of {progress['num_blocks']}")
     elif step:

@@ -167,6 +167,15 @@ def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, 
                 "param": "recipe.output.format",
             }
         )
+    elif quantization is None and submission.recipe.output.format == "safetensors":
+        warnings.append(
+            {
+                "code": "stored_in_full",
+                "message": "Zeros are stored like all other values: the result is no smaller on disk. sparse-bitmask "
+                "stores a bit for each of them.",
+                "param": "recipe.output.format",
+            }
+        )
     calibration, evaluation = submission.recipe.calibration, submission.recipe.evaluation
     if (
         submission.recipe.statistics

@@ -313,6 +313,14 @@ def test_pruning_what_is_pruned_already_ends_the_job(tiny_llama: Path, tmp_path:
     assert caught.value.code == "nothing_changed"
 
 
+def test_patterns_that_name_no_layer_are_said(tiny_llama: Path, tmp_path: Path) -> None:
+    stage = {**NEAREST, "ignore": ["*.donw_proj", "lm_head", "model.layers.0.*"]}
+    attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [stage]})
+    (warning,) = (event for event in attempt.events if event.get("code") == "ignores_nothing")
+    assert warning["param"] == "recipe.stages[0].ignore[0]"
+    assert "*.donw_proj" in warning["message"]
+
+
 def test_short_calibration_text_is_used_and_said(tiny_llama: Path, tmp_path: Path) -> None:
     short = {"dataset": {"texts": ["Language models are made smaller by pruning."]}, "num_samples": 8}
     attempt = certified(tmp_path / "work", tiny_llama, {"stages": [GPTQ], "calibration": short})

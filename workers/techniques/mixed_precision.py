@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from workers.techniques.options import PACKED_BITS, SCHEMES, SchemeFacts, WeightScheme
+from workers.techniques.options import PACKED_BITS, SCHEMES, OptionError, SchemeFacts, WeightScheme
 from workers.techniques.second_order import SecondOrderQuantization
 
 _PACKED_SCHEMES: tuple[WeightScheme, ...] = ("W4A16", "W8A16")
@@ -50,16 +50,23 @@ class MixedPrecision(SecondOrderQuantization):
     @model_validator(mode="after")
     def _has_one_budget(self) -> Self:
         if (self.average_bits is None) == (self.max_size_bytes is None):
-            raise ValueError("give either average_bits or max_size_bytes: the budget that the bits are chosen under")
+            raise OptionError(
+                "average_bits", "or max_size_bytes must be given, and not both: bits are chosen under one budget"
+            )
         widths = [SCHEMES[scheme].num_bits for scheme in self.schemes]
         if self.average_bits is not None and not widths[0] <= self.average_bits < widths[-1]:
-            raise ValueError(
-                f"average_bits must be at least {widths[0]} and below {widths[-1]}, as schemes has widths between these"
+            raise OptionError(
+                "average_bits",
+                f"must be at least {widths[0]} and below {widths[-1]}, as schemes has widths between these",
             )
         if self.max_size_bytes is not None and not set(widths) <= PACKED_BITS:
-            raise ValueError("max_size_bytes needs schemes of 4 and 8 bits, whose codes are stored packed")
+            raise OptionError(
+                "schemes", "must be of 4 and 8 bits with max_size_bytes, as the codes of those are stored packed"
+            )
         if self.embeddings:
-            raise ValueError("embeddings must be false: packed embeddings have to be on the grid of all other layers")
+            raise OptionError(
+                "embeddings", "must be false: packed embeddings have to be on the grid of all other layers"
+            )
         return self
 
     @property

@@ -52,6 +52,15 @@ SCHEMES: Mapping[str, SchemeFacts] = {
 # compressed-tensors lays out the other widths differently from release to release.
 PACKED_BITS = frozenset({4, 8})
 
+
+class OptionError(ValueError):
+    """An option does not go with the others; ``requirement`` continues its name to a sentence."""
+
+    def __init__(self, option: str, requirement: str) -> None:
+        super().__init__(f"{option} {requirement}")
+        self.option = option
+
+
 # Smaller groups would store more scale than code, and packed words hold eight 4-bit codes.
 SMALLEST_GROUP = 16
 GROUP_MULTIPLE = 8
@@ -177,23 +186,28 @@ class QuantizationOptions(StageOptions):
     def _fits_scheme(self) -> Self:
         if self.facts.quantizes_activations or self.facts.dtype:
             if self.group_size is not None:
-                raise ValueError(f"group_size must be null with {self.scheme}")
+                raise OptionError("group_size", f"must be null with {self.scheme}")
             if not self.symmetric:
-                raise ValueError(f"symmetric must be true with {self.scheme}")
+                raise OptionError("symmetric", f"must be true with {self.scheme}")
             if self.embeddings:
-                raise ValueError(f"embeddings must be false with {self.scheme}, which does without")
+                raise OptionError("embeddings", f"must be false with {self.scheme}, which does without")
         if self.facts.is_normal:
             if self.group_size not in NORMAL_FLOAT_GROUP_SIZES:
                 sizes = ", ".join(map(str, NORMAL_FLOAT_GROUP_SIZES))
-                raise ValueError(f"group_size must be one of {sizes} with {self.scheme}")
+                raise OptionError("group_size", f"must be one of {sizes} with {self.scheme}")
             if not self.symmetric:
-                raise ValueError(f"symmetric must be true with {self.scheme}, whose blocks have no zero-points")
+                raise OptionError("symmetric", f"must be true with {self.scheme}, whose blocks have no zero-points")
             if self.embeddings:
-                raise ValueError(f"embeddings must be false with {self.scheme}: transformers reads linear layers alone")
+                raise OptionError(
+                    "embeddings", f"must be false with {self.scheme}: transformers reads linear layers alone"
+                )
         if self.facts.dtype and self.ignore:
-            raise ValueError(f"ignore must be empty with {self.scheme}, which casts the whole model")
+            raise OptionError("ignore", f"must be empty with {self.scheme}, which casts the whole model")
         if self.embeddings and self.group_size is None and not self.symmetric:
-            raise ValueError("embeddings with zero-points need a group_size, so that all matrices share one layout")
+            raise OptionError(
+                "group_size",
+                "must be a number where embeddings have zero-points, so that all matrices share one layout",
+            )
         return self
 
     @property
@@ -263,17 +277,17 @@ class PruningOptions(StageOptions):
         if self.pattern is not None and self.sparsity is not None:
             n, m = self.pattern
             if abs(self.sparsity - (1 - n / m)) > 1e-6:
-                raise ValueError(
-                    f"sparsity must be {1 - n / m:g} with mask_structure {self.mask_structure}; leave it out"
+                raise OptionError(
+                    "sparsity", f"must be {1 - n / m:g} with mask_structure {self.mask_structure}; leave it out"
                 )
         return self
 
     @model_validator(mode="after")
     def _mask_leaves_a_choice(self) -> Self:
         if self.pattern is not None and self.allocation != "uniform":
-            raise ValueError(
-                f"allocation must be uniform with mask_structure {self.mask_structure}, which gives all layers one "
-                "sparsity"
+            raise OptionError(
+                "allocation",
+                f"must be uniform with mask_structure {self.mask_structure}, which gives all layers one sparsity",
             )
         return self
 

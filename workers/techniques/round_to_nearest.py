@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from workers.techniques.options import SCHEMES, QuantizationOptions, usable_group_size
+from workers.techniques.options import SCHEMES, OptionError, QuantizationOptions, usable_group_size
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
@@ -45,9 +45,9 @@ class RoundToNearest(QuantizationOptions):
     @model_validator(mode="after")
     def _has_clips_to_search(self) -> Self:
         if self.clip_search and (self.facts.is_float or self.facts.is_normal):
-            raise ValueError(f"clip_search must be false with {self.scheme}, whose values lie denser near zero")
+            raise OptionError("clip_search", f"must be false with {self.scheme}, whose values lie denser near zero")
         if self.double_quant and not self.facts.is_normal:
-            raise ValueError(f"double_quant must be false with {self.scheme}; it belongs to NF4")
+            raise OptionError("double_quant", f"must be false with {self.scheme}; it belongs to NF4")
         return self
 
     def scale_bits(self, num_bits: int) -> float:

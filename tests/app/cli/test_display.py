@@ -26,6 +26,11 @@ def test_a_running_job_is_described_by_stage_block_and_time_left() -> None:
     assert describe(running) == "running · gptq, block 12 of 30 · 1:24 left"
 
 
+def test_a_plan_is_told_from_the_blocks_that_follow_it() -> None:
+    planning = job(stage=0, step="plan.model.layers.11", block=11, num_blocks=30)
+    assert describe(planning) == "running · gptq, planning, block 12 of 30"
+
+
 def test_a_waiting_job_is_described_by_its_place() -> None:
     assert describe(job("queued", queue_position=2)) == "queued · number 2 in queue cpu"
 

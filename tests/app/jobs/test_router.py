@@ -75,6 +75,7 @@ def test_what_has_no_effect_is_a_warning(client: TestClient, auth: dict[str, str
     job = submit(client, auth, model_id, recipe=recipe, constraints={"min_accuracy": 0.9})
     assert [(warning["code"], warning["param"]) for warning in job["warnings"]] == [
         ("constraint_not_applicable", "constraints.min_accuracy"),
+        ("stored_in_full", "recipe.output.format"),
         ("training_not_applicable", "recipe.training"),
     ]
 
