@@ -19,7 +19,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
+from workers.techniques import TECHNIQUES, MixedPrecision, PruningOptions, QuantizationOptions, Stage
 from workers.techniques.options import PACKED_BITS, SchemeFacts, Statistic
 
 RECIPE_VERSION: Literal[1] = 1
@@ -301,6 +301,13 @@ def _check_sparsities(recipe: Recipe) -> None:
 def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:
     """Raise RecipeError ``output_format_impossible`` where the output cannot say what the stage did."""
     scheme, packings = quantization.facts, packings_of(quantization.facts)
+    if isinstance(quantization, MixedPrecision) and quantization.max_size_bytes and output.format == "safetensors":
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            "safetensors stores values at full width, whatever max_size_bytes says; use compressed-tensors, or "
+            "average_bits",
+        )
     if output.format == "safetensors":
         if scheme.quantizes_activations:
             raise RecipeError(

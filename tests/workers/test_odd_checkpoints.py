@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from tests.models import write_tiny_llama, write_tokenizer
+from tests.models import write_tiny_llama, write_tiny_model, write_tokenizer
 from tests.workers.attempts import Attempt, certified, compressed, fetched
 from workers.engine.checkpoint import Checkpoint
 from workers.errors import JobError, UserError
@@ -125,6 +125,18 @@ def test_a_tensor_without_a_place_is_refused_before_anything_is_computed(tiny_ll
         compress(attempt.work, attempt.request, attempt.events.append)
     assert caught.value.code == "checkpoint_mismatch"
     assert not (attempt.work / "parts").exists()
+
+
+def test_two_names_of_one_parameter_are_refused(tmp_path: Path) -> None:
+    model = tmp_path / "gpt2"
+    write_tiny_model(model, "gpt2")
+    tensors = load_file(model / "model.safetensors")
+    tensors["h.0.mlp.c_fc.weight"] = 2 * tensors["transformer.h.0.mlp.c_fc.weight"]
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        fetched(tmp_path / "work", model, {"stages": [{"technique": "magnitude"}]})
+    assert (caught.value.code, caught.value.param) == ("checkpoint_mismatch", "model.id")
+    assert "h.0.mlp.c_fc.weight" in caught.value.message
 
 
 def test_a_tied_head_that_is_another_matrix_is_refused(tmp_path: Path) -> None:

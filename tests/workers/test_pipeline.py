@@ -219,6 +219,21 @@ def test_ignored_layers_keep_their_bytes(tiny_llama: Path, tmp_path: Path) -> No
     assert "model.layers.1.mlp.up_proj.weight_packed" in after
 
 
+@pytest.mark.parametrize("technique", ["magnitude", "wanda", "sparsegpt"])
+def test_columns_that_a_mask_does_not_cover_are_said_and_not_counted(technique: str, tmp_path: Path) -> None:
+    model = tmp_path / "uneven"
+    write_tiny_llama(model, hidden_size=64, intermediate_size=96)
+    stage = {"technique": technique, "mask_structure": "1:48"}
+    attempt = certified(tmp_path / "work", model, {"stages": [stage]})
+    report = attempt.report["stages"][0]
+    assert report["layers"]["model.layers.0.mlp.down_proj"]["sparsity"] == pytest.approx(47 / 48)
+    assert report["layers"]["model.layers.0.mlp.up_proj"]["sparsity"] == pytest.approx(48 / 64 * 47 / 48)
+    fallbacks = {each["layer"]: each for each in report["fallbacks"]}
+    assert "model.layers.0.mlp.down_proj" not in fallbacks
+    assert fallbacks["model.layers.0.mlp.up_proj"]["code"] == "mask_structure"
+    assert "16 of its 64 columns" in fallbacks["model.layers.0.mlp.up_proj"]["message"]
+
+
 def test_a_size_that_divides_only_some_layers_falls_back_and_says_so(tmp_path: Path) -> None:
     model = tmp_path / "uneven"
     write_tiny_llama(model, hidden_size=64, intermediate_size=96)

@@ -64,14 +64,12 @@ class Journal:
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
         """What ``compute`` gave, in JSON, when the job first asked for ``name``: finished blocks rest on it."""
         path = self.folder / f"{name}.json"
-        try:
-            kept = json.loads(path.read_bytes())
+        if path.exists():
+            kept = _unsealed(path)
             if self.entries or kept["fingerprint"] == self.fingerprint:
                 return kept["value"]
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
         value = compute()
-        self._write(path, {"value": value, "fingerprint": self.fingerprint})
+        self._write(path, _sealed({"value": value, "fingerprint": self.fingerprint}))
         return value
 
     def finish_block(self, index: int, entry: Mapping[str, Any], shapes: Sequence[torch.Size]) -> None:
@@ -86,12 +84,14 @@ class Journal:
         part = part_name(index)
         self._write(
             self.folder / f"{part}.json",
-            {
-                "entry": entry,
-                "fingerprint": self.fingerprint,
-                "part_xxh3": _digest(self.parts.path(part)),
-                "activations": described,
-            },
+            _sealed(
+                {
+                    "entry": entry,
+                    "fingerprint": self.fingerprint,
+                    "part_xxh3": _digest(self.parts.path(part)),
+                    "activations": described,
+                }
+            ),
         )
 
     def has_activations(self, shapes: Sequence[Sequence[int]]) -> bool:
@@ -119,6 +119,8 @@ class Journal:
                 "Earlier work on this job was of another recipe, model, text or version: it begins again.",
             )
             return False
+        if not self._plans_are_sound():
+            return True
         parts = Parts(self.folder / "parts")
         while True:
             part = part_name(self.num_blocks)
@@ -126,7 +128,7 @@ class Journal:
             if not path.exists():
                 return True
             try:
-                written = json.loads(path.read_bytes())
+                written = _unsealed(path)
                 if _digest(parts.path(part)) != written["part_xxh3"]:
                     raise ValueError("the part's bytes are not those that the entry names")
                 entry, fingerprint = dict(written["entry"]), dict(written["fingerprint"])
@@ -140,6 +142,22 @@ class Journal:
             self.entries.append(entry)
             self.fingerprints.append(fingerprint)
             self._activations_of = written
+
+    def _plans_are_sound(self) -> bool:
+        """Whether everything that blocks rest on is as it was written; else it is forgotten, and the blocks with it."""
+        for path in self.folder.glob("*.json"):
+            if path.name == _IDENTITY or path.name.startswith("block-"):
+                continue
+            try:
+                _unsealed(path)
+            except (OSError, ValueError, KeyError, TypeError):
+                self.discarded = Discarded(
+                    "journal_damaged", f"The {path.stem} of earlier work on this job is damaged: it begins again."
+                )
+                self._forget_from(0)
+                path.unlink(missing_ok=True)
+                return False
+        return True
 
     def _forget_from(self, index: int) -> None:
         for path in self.folder.glob("block-*.json"):
@@ -156,6 +174,24 @@ class Journal:
 def part_name(index: int) -> str:
     """Of the part that holds a block's tensors."""
     return f"block-{index:05d}"
+
+
+def _sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """``content`` as JSON has it, with a digest of itself."""
+    plain = json.loads(json.dumps(content))
+    return {**plain, "xxh3": _digest_of(plain)}
+
+
+def _unsealed(path: Path) -> dict[str, Any]:
+    """What :func:`_sealed` made of the file's content. Raises OSError, ValueError or TypeError where it is damaged."""
+    written = dict(json.loads(path.read_bytes()))
+    if written.pop("xxh3", None) != _digest_of(written):
+        raise ValueError(f"{path.name} is not what was written")
+    return written
+
+
+def _digest_of(content: Mapping[str, Any]) -> str:
+    return str(xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode()))
 
 
 def _digest(path: Path) -> str:

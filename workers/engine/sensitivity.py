@@ -87,6 +87,7 @@ def measure(
     inputs = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_INPUT_TOKENS)]
     changed = {leader: skeleton.forward_pass(compared) for leader in groups}
     before, waiting = _begin(skeleton, blocks, original, inputs, changed)
+    unread = torch.zeros_like(before)
     found: dict[str, Sensitivity] = {}
     for index, (block, following) in enumerate(zip(blocks, [*blocks[1:], end], strict=True)):
         progress(f"plan.{block}", index, len(blocks), _SHARE_OF_BLOCKS * index / len(blocks))
@@ -98,8 +99,13 @@ def measure(
             found[leader] = _quantize_alone(
                 skeleton, stage, width, originals, [each.advance_to(leader) for each in inputs]
             )
-            put(before.clone(), waiting.pop(leader))
-            store.keep(index + 1, len(found) - 1, changed[leader].advance_to(following))
+            entered = waiting.pop(leader)
+            put(before.clone(), entered)
+            left = changed[leader].advance_to(following)
+            store.keep(index + 1, len(found) - 1, left)
+            # The pass keeps what it entered with and reads it no more: without memory of its own, depth costs none.
+            if left is not entered:
+                put(unread, entered)
             for name, weight in originals.items():
                 skeleton.assign_linear(name, weight)
         for each in inputs:

@@ -61,11 +61,24 @@ def without_tied_head(config: Mapping[str, Any], tensors: Mapping[str, TensorInf
 
 
 def canonical(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """The parameters among the tensors, by the names that the model has for them."""
+    """The parameters among the tensors, by the names that the model has for them.
+
+    Raises UserError ``checkpoint_mismatch`` where two tensors have one.
+    """
     row = row_of(config)
     if row is None:
         return dict(tensors)
-    return {name: tensor for stored, tensor in tensors.items() if (name := row.canonical(stored)) is not None}
+    stored_as: dict[str, str] = {}
+    for stored in tensors:
+        name = row.canonical(stored)
+        if name is not None and (other := stored_as.setdefault(name, stored)) != stored:
+            raise UserError(
+                "checkpoint_mismatch",
+                f"{other} and {stored} are stored for one parameter, {name}: loaders differ in which they take.",
+                param="model.id",
+                hint="Remove the one that is not meant, or save the model with save_pretrained of transformers.",
+            )
+    return {name: tensors[stored] for name, stored in stored_as.items()}
 
 
 def count_parameters(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> int:

@@ -25,7 +25,9 @@ class Labels:
         """
         if isinstance(label, str) and self.names.count(label) == 1:
             return self.names.index(label)
-        number = int(label) if isinstance(label, str) and label.isascii() and label.isdigit() else label
+        number = (
+            int(label) if isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10 else label
+        )
         if type(number) is int and 0 <= number < len(self.names):
             return number
         raise UserError(

@@ -31,7 +31,7 @@ def take_over(work_dir: Path, job_id: str, folder: Path) -> None:
 
 def hand_on(folder: Path) -> None:
     """Set aside what of a work folder the next attempt can use; where something waits already, what is worth more."""
-    _set_aside(folder, "journal", _num_blocks)
+    _set_aside(folder, "journal", _num_steps)
     _set_aside(folder, "source", _is_marked)
 
 
@@ -59,8 +59,9 @@ def _set_aside(folder: Path, name: str, worth: Callable[[Path], int]) -> None:
         logger.warning("cannot keep the %s of %s: its work will be repeated: %s", name, folder.name, error)
 
 
-def _num_blocks(journal: Path) -> int:
-    return len(list(journal.glob("block-*.json")))
+def _num_steps(journal: Path) -> int:
+    """What is done: the plan, which may have taken as long as the blocks, and blocks."""
+    return int((journal / "plan.json").exists()) + len(list(journal.glob("block-*.json")))
 
 
 def _is_marked(source: Path) -> int:

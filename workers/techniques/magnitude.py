@@ -23,4 +23,4 @@ class Magnitude(PruningOptions):
 
         assert self.sparsity is not None
         mask = magnitude_mask(layer.weight, self.sparsity, self.pattern)
-        return {"num_pruned": layer.prune(mask), "sparsity": self.sparsity}
+        return {"num_pruned": layer.prune(mask), "sparsity": self.sparsity_of(layer)}

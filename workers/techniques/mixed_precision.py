@@ -37,7 +37,8 @@ class MixedPrecision(SecondOrderQuantization):
         Field(ge=2, le=8, description="Most bits a weight, on average over the layers, scales not counted."),
     ] = None
     max_size_bytes: Annotated[
-        int | None, Field(ge=1, description="Most bytes of the result's weight files; needs packed codes.")
+        int | None,
+        Field(ge=1, le=2**63 - 1, description="Most bytes of the result's weight files; needs packed codes."),
     ] = None
 
     @field_validator("schemes")

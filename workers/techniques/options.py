@@ -64,7 +64,7 @@ class OptionError(ValueError):
 # Smaller groups would store more scale than code, and packed words hold eight 4-bit codes.
 SMALLEST_GROUP = 16
 GROUP_MULTIPLE = 8
-_N_OF_M = re.compile(r"([1-9]\d{0,2}):([1-9]\d{0,2})")
+_N_OF_M = re.compile(r"([1-9][0-9]{0,2}):([1-9][0-9]{0,2})")
 
 
 def group_size_fits(in_features: int, size: int) -> bool:
@@ -295,6 +295,17 @@ class PruningOptions(StageOptions):
     def plan_share(self) -> float:
         """A short pass, where layers have sparsities of their own."""
         return 0.1 if self.allocation == "error" else 0.0
+
+    def sparsity_of(self, layer: Layer) -> float:
+        """What ``layer`` gets: less than is asked for where an N:M mask does not cover all of its columns."""
+        assert self.sparsity is not None
+        if self.pattern is None:
+            return self.sparsity
+        columns, (n, m) = layer.weight.shape[1], self.pattern
+        rest = columns % m
+        if rest:
+            layer.fall_back("mask_structure", f"{rest} of its {columns} columns stay as they are: {m} does not divide")
+        return (columns - rest) / columns * (1 - n / m)
 
     def at(self, choice: float) -> Self:
         """The stage with the sparsity of one layer."""

@@ -30,4 +30,4 @@ class SparseGPT(SecondOrder, PruningOptions):
             layer.weight, layer.statistics.hessian, factor, self.sparsity, self.pattern, zeros=layer.zeros
         )
         num_pruned = layer.replace_pruned(weight, mask)
-        return {"num_pruned": num_pruned, "sparsity": self.sparsity, **outcome.to_metrics()}
+        return {"num_pruned": num_pruned, "sparsity": self.sparsity_of(layer), **outcome.to_metrics()}

@@ -26,4 +26,4 @@ class Wanda(PruningOptions):
 
         assert self.sparsity is not None
         mask = wanda_mask(layer.weight, layer.statistics.input_norms, self.sparsity, self.pattern)
-        return {"num_pruned": layer.prune(mask), "sparsity": self.sparsity}
+        return {"num_pruned": layer.prune(mask), "sparsity": self.sparsity_of(layer)}

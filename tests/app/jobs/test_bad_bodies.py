@@ -58,6 +58,7 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
         ([{**GPTQ, "ignore": ["a", 1]}], "invalid_type", "recipe.stages[0].ignore[1]"),
         ([{**PRUNING, "sparsity": 1.5}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "sparsity": -0.1}], "invalid_value", "recipe.stages[0].sparsity"),
+        ([{**PRUNING, "mask_structure": "1٢:4٤"}], "invalid_value", "recipe.stages[0].mask_structure"),
         ([{**PRUNING, "mask_structure": "4:2"}], "invalid_value", "recipe.stages[0].mask_structure"),
         ([{**PRUNING, "mask_structure": "2:4", "sparsity": 0.9}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "mask_structure": "2:4", "allocation": "error"}], "invalid_value", "recipe.stages[0].allocation"),
@@ -92,6 +93,7 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
             "invalid_value",
             "recipe.stages[0].schemes",
         ),
+        ([{**MIXED, "max_size_bytes": 10**30}], "invalid_value", "recipe.stages[0].max_size_bytes"),
         ([{**MIXED, "max_size_bytes": 1000}], "budget_too_small", "recipe.stages[0].max_size_bytes"),
         ([GPTQ, PRUNING], "stages_conflict", "recipe.stages[1].technique"),
         ([GPTQ, GPTQ], "stages_conflict", "recipe.stages[1].technique"),
@@ -104,6 +106,12 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
 def test_a_wrong_stage_is_named(refused: Refused, stages: Any, code: str, param: str) -> None:
     problem = refused(422, recipe={"stages": stages})
     assert (problem["code"], problem["param"]) == (code, param)
+
+
+def test_a_limit_of_bytes_needs_packed_codes(refused: Refused) -> None:
+    recipe = {"stages": [{**MIXED, "max_size_bytes": 10**9}], "output": {"format": "safetensors"}}
+    problem = refused(422, recipe=recipe)
+    assert (problem["code"], problem["param"]) == ("output_format_impossible", "recipe.output.format")
 
 
 def test_quantized_activations_need_a_format_that_says_so(refused: Refused) -> None:

@@ -67,6 +67,7 @@ def test_a_labelled_classifier_may_be_held_to_an_accuracy(
             "recipe.evaluation.dataset.labels",
         ),
         ({"dataset": {"texts": ["one", "two"], "labels": [0, 2]}}, "unknown_label", "recipe.evaluation.dataset.labels"),
+        ({"dataset": {"texts": ["one"], "labels": ["9" * 5000]}}, "unknown_label", "recipe.evaluation.dataset.labels"),
         ({"dataset": {"texts": ["one"]}, "label_field": "kind"}, "invalid_value", "recipe.evaluation.label_field"),
     ],
 )

@@ -84,6 +84,12 @@ def flip(path: Path) -> None:
     path.write_bytes(content)
 
 
+def replace(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
 @pytest.mark.parametrize("num_blocks", [0, 1, 3])
 def test_it_goes_on_from_the_first_unfinished_block(
     num_blocks: int, model: Path, expected: dict[str, str], tmp_path: Path
@@ -133,11 +139,19 @@ def test_layers_keep_the_sparsities_that_they_were_given_first(num_blocks: int, 
     assert solved_blocks(attempt) == list(range(num_blocks, NUM_BLOCKS))
     assert not any("plan" in str(event.get("step")) for event in attempt.events)
     assert digests(attempt) == digests(undisturbed)
-    again = fetched(tmp_path / "again", model, recipe)
-    stopped_after(again, 2)
-    (again.work / "journal" / "plan.json").write_text("{")
-    assert solved_blocks(again) == [2, 3]
-    assert digests(again) == digests(undisturbed)
+
+
+@pytest.mark.parametrize(("old", "new"), [("0.", "0.0"), ("{", ""), (": ", ": -")], ids=["other", "torn", "negative"])
+def test_blocks_that_rest_on_a_damaged_plan_are_done_again(old: str, new: str, model: Path, tmp_path: Path) -> None:
+    recipe = {"stages": [{"technique": "sparsegpt", "sparsity": 0.5, "allocation": "error"}]}
+    undisturbed = compressed(tmp_path / "undisturbed", model, recipe)
+    attempt = fetched(tmp_path / "work", model, recipe)
+    stopped_after(attempt, 2)
+    plan = attempt.work / "journal" / "plan.json"
+    plan.write_text(plan.read_text().replace(old, new, 1))
+    assert solved_blocks(attempt) == [0, 1, 2, 3]
+    assert codes(attempt) == ["journal_damaged"]
+    assert digests(attempt) == digests(undisturbed)
 
 
 def test_weights_that_are_stored_as_bitmasks_come_back_too(model: Path, tmp_path: Path) -> None:
@@ -176,8 +190,9 @@ def test_lost_hidden_states_are_computed_again_from_the_compressed_blocks(
         lambda folder: (folder / "parts" / "block-00001.safetensors").unlink(),
         lambda folder: (folder / "block-00001.json").write_text("{"),
         lambda folder: (folder / "block-00001.json").write_text("[]"),
+        lambda folder: replace(folder / "block-00001.json", '"num_pruned": ', '"num_pruned": 1'),
     ],
-    ids=["flipped", "missing", "torn", "other"],
+    ids=["flipped", "missing", "torn", "other", "altered"],
 )
 def test_what_is_damaged_is_done_again_and_said(
     damage: Callable[[Path], None], model: Path, expected: dict[str, str], tmp_path: Path

@@ -88,6 +88,18 @@ def test_a_source_is_handed_on_only_if_it_is_complete(is_marked: bool, tmp_path:
         assert not (tmp_path / "sources" / "job_1").exists()
 
 
+@pytest.mark.parametrize("names", [["plan.json"], ["plan.json", "block-00000.json"], ["block-00000.json"]])
+def test_a_journal_is_handed_on_from_its_plan_on(names: list[str], tmp_path: Path) -> None:
+    with WorkFolder(tmp_path, "job_1", 1) as first:
+        (first.path / "journal").mkdir()
+        for name in names:
+            (first.path / "journal" / name).write_text("{}")
+    with WorkFolder(tmp_path, "job_1", 2) as second:
+        assert sorted(path.name for path in (second.path / "journal").iterdir()) == sorted(names)
+    with WorkFolder(tmp_path, "job_2", 1) as other:
+        assert not (other.path / "journal").exists()
+
+
 def test_journals_of_jobs_that_ended_elsewhere_are_removed(
     supervisor: Supervisor, quick: Settings, database: Database
 ) -> None:
