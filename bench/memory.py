@@ -1,6 +1,6 @@
 """Peak memory of the compress process for models of 4, 8 and 16 equal blocks: it must not grow with their number.
 
-    .venv/bin/python -m bench.memory [--technique round_to_nearest|gptq]
+    .venv/bin/python -m bench.memory [--technique round_to_nearest|gptq] [--num-samples 8] [--max-seq-length 64]
 
 Models are random, hidden size 2048 and vocabulary 32,000, in bfloat16. The peak is of RssAnon + RssShmem, sampled
 every 20 ms by this process: memory that cannot be given back, unlike mapped files.
@@ -31,12 +31,14 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--technique", choices=["round_to_nearest", "gptq"], default="round_to_nearest")
     arguments.add_argument("--blocks", type=int, nargs="+", default=[4, 8, 16])
+    arguments.add_argument("--num-samples", type=int, default=8, help="of gptq's calibration")
+    arguments.add_argument("--max-seq-length", type=int, default=64)
     options = arguments.parse_args()
     peaks = []
     for num_blocks in options.blocks:
         model = FOLDER / "models" / f"random-{num_blocks}"
         _write_model(model, num_blocks)
-        peak_bytes, seconds = _measure(model, options.technique)
+        peak_bytes, seconds = _measure(model, options)
         peaks.append(peak_bytes)
         size_bytes = (model / "model.safetensors").stat().st_size
         print(
@@ -80,20 +82,25 @@ def _random(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, dtype=torch.bfloat16) * 0.02
 
 
-def _measure(model: Path, technique: str) -> tuple[int, float]:
+def _measure(model: Path, options: argparse.Namespace) -> tuple[int, float]:
     """Peak anonymous memory of one compress process, in bytes, and its seconds."""
     work = FOLDER / "memory"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     # Few and common words: ids that the small vocabulary has.
-    texts = ["the and of to in a is that it was for on are as with his they be at one have this " * 40]
+    words = "the and of to in a is that it was for on are as with his they be at one have this "
+    texts = [words * (options.num_samples * options.max_seq_length // 10)]
     request = {
         "job_id": "job_bench",
         "model": {"id": f"file:{model.name}", "revision": None},
         "model_roots": [str(model.parent)],
         "recipe": {
-            "stages": [{"technique": technique, "scheme": "W4A16"}],
-            "calibration": {"dataset": {"texts": texts}, "num_samples": 8, "max_seq_length": 64},
+            "stages": [{"technique": options.technique, "scheme": "W4A16"}],
+            "calibration": {
+                "dataset": {"texts": texts},
+                "num_samples": options.num_samples,
+                "max_seq_length": options.max_seq_length,
+            },
             "evaluation": {"dataset": {"texts": texts}, "num_tokens": 256, "allow_overlap": True},
         },
     }

@@ -65,15 +65,23 @@ SETTINGS: dict[str, dict[str, Any]] = {
         }
         for bits in (4, 3)
     },
+    **{
+        name.replace("gptq", "asymmetric"): {**stage, "asymmetric_calibration": True}
+        for name, stage in _widths("gptq").items()
+    },
     "smoothquant": {"technique": "smoothquant"},
+    "smoothquant-0.5": {"technique": "smoothquant", "smoothing_strength": 0.5},  # the peer's, everywhere
     "dynamic_int8": {"technique": "dynamic_int8"},
     "fp8": {"technique": "round_to_nearest", "scheme": "FP8"},
     "nf4": {"technique": "round_to_nearest", "scheme": "NF4"},
 }
 # What llm-compressor cannot do without an accelerator, or not at all.
-WITHOUT_PEER = {"awq-4", "awq-3", "magnitude-50", "magnitude-60", "magnitude-2:4", "nf4", "mixed-4", "mixed-3"}
+WITHOUT_PEER = {
+    *("awq-4", "awq-3", "magnitude-50", "magnitude-60", "magnitude-2:4", "nf4", "mixed-4", "mixed-3"),
+    *("asymmetric-4", "asymmetric-3", "smoothquant-0.5"),
+}
 CLAIMS = [
-    *((f"mixed-{bits}", f"gptq-{bits}") for bits in (4, 3)),  # as many bits, on average
+    *((f"{other}-{bits}", f"gptq-{bits}") for bits in (4, 3) for other in ("mixed", "asymmetric")),
     *((f"gptq-{bits}", f"{other}-{bits}") for bits in (4, 3) for other in ("awq", "round_to_nearest")),
     *(
         (f"{a}-{s}", f"{b}-{s}")

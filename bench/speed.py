@@ -1,7 +1,7 @@
 """One technique on SmolLM2-135M: our time and perplexity against llm-compressor's, in one call, in turns.
 
-    .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda | smoothquant] [--runs 1] [--num-samples 64]
-        [--our-samples 64 4]
+    .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda | smoothquant | awq | mixed_precision]
+        [--runs 1] [--num-samples 64] [--our-samples 64 4]
 
 Both compute in float32 with the same samples and threads, each in a process of its own, and are timed from the
 start of the process to the files on disk. With --our-samples we take that many of them, in one run for each number: how
@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 from bench.materials import FOLDER, ROOT, peer_python, smollm2, wikitext
+from bench.quality import SETTINGS
 from bench.scoring import paired_difference, token_losses
 from workers.engine.text import calibration_samples, read_documents, tokenize
 
@@ -41,15 +42,16 @@ def main() -> None:
     arguments.add_argument("--num-samples", type=int, default=64)
     arguments.add_argument("--our-samples", type=int, nargs="+", help="of our side, if not as many as the peer's")
     arguments.add_argument("--max-seq-length", type=int, default=512)
-    arguments.add_argument("--technique", choices=["gptq", "sparsegpt", "wanda", "smoothquant", "awq"], default="gptq")
+    techniques = ["gptq", "sparsegpt", "wanda", "smoothquant", "awq", "mixed_precision"]
+    arguments.add_argument("--technique", choices=techniques, default="gptq")
     arguments.add_argument("--group-size", type=int, default=64, help="of gptq and awq")
     arguments.add_argument("--sparsity", type=float, default=0.5, help="of sparsegpt and wanda")
     arguments.add_argument("--mask-structure", help="of these two, such as 2:4; their sparsity follows from it")
     arguments.add_argument("--peer-observer", default="minmax", help="llm-compressor's default, or memoryless_mse")
     arguments.add_argument("--skip-peer", action="store_true")
     options = arguments.parse_args()
-    # llm-compressor's AWQ stops without an accelerator.
-    has_peer = not options.skip_peer and options.technique != "awq"
+    # llm-compressor's AWQ stops without an accelerator, and it chooses no widths.
+    has_peer = not options.skip_peer and options.technique not in {"awq", "mixed_precision"}
     model, python = smollm2(), peer_python() if has_peer else None
     tokenizer: Any = AutoTokenizer.from_pretrained(model)
     # Six characters a token are more than enough, and short enough for a job to take in whole.
@@ -97,7 +99,7 @@ def main() -> None:
             config,
             count * samples.shape[1],
             samples.shape[1],
-            hessians=options.technique in {"gptq", "awq", "sparsegpt"},
+            hessians=options.technique in {"gptq", "awq", "sparsegpt", "mixed_precision"},
         )
         limit = operations / rate
         print(f"limit       {operations / 1e12:.2f} TFLOP at {rate / 1e9:.0f} GFLOP/s = {limit:.1f} s; ", end="")
@@ -161,6 +163,8 @@ def _stage(options: argparse.Namespace) -> dict[str, Any]:
     """The recipe's one stage, which the peer reads as well."""
     if options.technique in {"gptq", "awq"}:
         return {"technique": options.technique, "scheme": "W4A16", "group_size": options.group_size}
+    if options.technique == "mixed_precision":
+        return SETTINGS["mixed-4"]
     if options.technique == "smoothquant":
         return {"technique": "smoothquant"}
     if options.mask_structure:

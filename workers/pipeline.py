@@ -111,12 +111,14 @@ def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
     """Say which patterns name no layer: a typing error there would have a layer compressed that was to be spared."""
     names = {*skeleton.linear_layers, skeleton.architecture.embedding}
     for index, stage in enumerate(recipe.stages):
-        for number, pattern in enumerate(stage.ignore):
-            if not fnmatch.filter(names, pattern):
-                example = skeleton.block_layers[0]
-                message = f"{pattern!r} names no linear layer of this model, so it spares none; one is {example}."
-                param = f"recipe.stages[{index}].ignore[{number}]"
-                emit({"event": "warning", "code": "ignores_nothing", "message": message[:500], "param": param})
+        unmatched = [pattern for pattern in stage.ignore if not fnmatch.filter(names, pattern)]
+        if unmatched:
+            message = (
+                f"{len(unmatched)} of the patterns name no linear layer of this model and spare none, the first "
+                f"{unmatched[0]!r}. A layer's name is like {skeleton.block_layers[0]}."
+            )
+            param = f"recipe.stages[{index}].ignore"
+            emit({"event": "warning", "code": "ignores_nothing", "message": message, "param": param})
 
 
 def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:

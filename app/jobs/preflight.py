@@ -167,12 +167,13 @@ def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, 
                 "param": "recipe.output.format",
             }
         )
-    elif quantization is None and submission.recipe.output.format == "safetensors":
+    is_pruned = any(isinstance(stage, PruningOptions) for stage in submission.recipe.stages)
+    if quantization is None and is_pruned and submission.recipe.output.format == "safetensors":
         warnings.append(
             {
                 "code": "stored_in_full",
                 "message": "Zeros are stored like all other values: the result is no smaller on disk. sparse-bitmask "
-                "stores a bit for each of them.",
+                "stores a bit for every weight, and the values that are left.",
                 "param": "recipe.output.format",
             }
         )

@@ -250,7 +250,7 @@ class Stream:
         """Run every stage on the layers of one input; ``done`` are those of the block before them."""
         for index, stage in enumerate(self.recipe.stages):
             taken = [layer for layer in layers if not stage.ignores(layer.name)]
-            if len(taken) == len(layers):
+            if taken and stage.rescales_inputs:
                 self._rescale(stage, block, group, layers, done)
             for layer in taken:
                 metrics = self._stage_for(layer.name, index).compress(layer)
@@ -275,9 +275,12 @@ class Stream:
         if producer is None:
             return
         name = f"{block}.{producer.name}"
-        scale = None if producer.kind == "linear" and stage.ignores(name) else stage.input_scale(layers, producer)
-        if scale is None:
+        taken = [layer for layer in layers if not stage.ignores(layer.name)]
+        if len(taken) < len(layers) or (producer.kind == "linear" and stage.ignores(name)):
+            for layer in taken:
+                layer.fall_back("input_scale", "its input is not rescaled: `ignore` spares a layer that would change")
             return
+        scale = stage.input_scale(layers, producer)
         if not all(layer.can_be_scaled(scale) for layer in layers):
             for layer in layers:
                 layer.fall_back("input_scale", "its input is not rescaled: a weight would be beyond its type's range")

@@ -24,6 +24,7 @@ class AWQ(QuantizationOptions):
         "lose least."
     )
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})
+    rescales_inputs: ClassVar[bool] = True
 
     technique: Literal["awq"] = "awq"
     scheme: Annotated[WeightScheme, Field(description=QuantizationOptions.model_fields["scheme"].description)] = "W4A16"

@@ -94,6 +94,7 @@ class StageOptions(BaseModel):
     kind: ClassVar[Kind]
     summary: ClassVar[str]
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
+    rescales_inputs: ClassVar[bool] = False
 
     ignore: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
@@ -126,12 +127,13 @@ class StageOptions(BaseModel):
         """The stage as it is for a layer that such a plan gives ``choice``."""
         raise NotImplementedError
 
-    def input_scale(self, layers: Sequence[Layer], producer: Producer) -> Tensor | None:  # noqa: ARG002
-        """By what to divide the input that all ``layers`` read, and to multiply their columns; None for nothing.
+    def input_scale(self, layers: Sequence[Layer], producer: Producer) -> Tensor:
+        """By what to divide the input that all ``layers`` read, and to multiply their columns.
 
-        Asked before they are compressed, and only where ``producer``, which makes the input, can take the scale over.
+        Asked before they are compressed, only where ``producer``, which makes the input, can take the scale over, and
+        only of a stage that says ``rescales_inputs``.
         """
-        return None
+        raise NotImplementedError
 
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Change ``layer`` in place and return what the report says of it."""

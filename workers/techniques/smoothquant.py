@@ -23,6 +23,7 @@ class SmoothQuant(QuantizationOptions):
         "8-bit weights and activations, after outliers of the activations were moved into the weights."
     )
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"input_absmax"})
+    rescales_inputs: ClassVar[bool] = True
 
     technique: Literal["smoothquant"] = "smoothquant"
     scheme: Literal["W8A8"] = "W8A8"
