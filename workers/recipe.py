@@ -284,7 +284,7 @@ def check_stages(recipe: Recipe) -> None:
 
 
 def _check_sparsities(recipe: Recipe) -> None:
-    """Raise RecipeError ``nothing_changed`` where a pruning stage finds all the zeros that it asks for."""
+    """Raise RecipeError ``stages_conflict`` where a pruning stage asks for no more zeros than that before it leaves."""
     pruning = [(index, stage) for index, stage in enumerate(recipe.stages) if isinstance(stage, PruningOptions)]
     for (before, earlier), (index, later) in pairwise(pruning):
         assert earlier.sparsity is not None
@@ -292,7 +292,7 @@ def _check_sparsities(recipe: Recipe) -> None:
         is_uniform = all(each.pattern is None and each.allocation == "uniform" for each in (earlier, later))
         if is_uniform and later.sparsity <= earlier.sparsity and set(earlier.ignore) <= set(later.ignore):
             raise RecipeError(
-                "nothing_changed",
+                "stages_conflict",
                 f"stages[{index}].sparsity",
                 f"stages[{before}] leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
             )

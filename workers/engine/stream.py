@@ -251,7 +251,7 @@ class Stream:
         for index, stage in enumerate(self.recipe.stages):
             taken = [layer for layer in layers if not stage.ignores(layer.name)]
             if taken and stage.rescales_inputs:
-                self._rescale(stage, block, group, layers, done)
+                self._rescale(stage, block, group, layers, taken, done)
             for layer in taken:
                 metrics = self._stage_for(layer.name, index).compress(layer)
                 if layer.quantized is not None:
@@ -267,15 +267,20 @@ class Stream:
         return stage if choice is None else stage.at(choice)
 
     def _rescale(
-        self, stage: StageOptions, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]
+        self,
+        stage: StageOptions,
+        block: str,
+        group: Sequence[str],
+        layers: list[Layer],
+        taken: list[Layer],
+        done: list[Layer],
     ) -> None:
-        """Move a scale that the stage asks for from the input of ``layers`` to whatever makes it."""
+        """Move a scale that the stage asks for from the input of ``layers``, of which it takes some, to its maker."""
         checkpoint = self.skeleton.checkpoint
         producer = self.skeleton.architecture.producer(group, checkpoint.config)
         if producer is None:
             return
         name = f"{block}.{producer.name}"
-        taken = [layer for layer in layers if not stage.ignores(layer.name)]
         if len(taken) < len(layers) or (producer.kind == "linear" and stage.ignores(name)):
             for layer in taken:
                 layer.fall_back("input_scale", "its input is not rescaled: `ignore` spares a layer that would change")

@@ -97,7 +97,7 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
         ([{**MIXED, "max_size_bytes": 1000}], "budget_too_small", "recipe.stages[0].max_size_bytes"),
         ([GPTQ, PRUNING], "stages_conflict", "recipe.stages[1].technique"),
         ([GPTQ, GPTQ], "stages_conflict", "recipe.stages[1].technique"),
-        ([PRUNING, {**PRUNING, "sparsity": 0.3}], "nothing_changed", "recipe.stages[1].sparsity"),
+        ([PRUNING, {**PRUNING, "sparsity": 0.3}], "stages_conflict", "recipe.stages[1].sparsity"),
         ([{**GPTQ, "group_size": 100}], "group_size_fits_no_layer", "recipe.stages[0].group_size"),
         ([PRUNING, {**GPTQ, "group_size": 256}], "group_size_fits_no_layer", "recipe.stages[1].group_size"),
         ([{**PRUNING, "mask_structure": "3:7"}], "mask_structure_fits_no_layer", "recipe.stages[0].mask_structure"),
