@@ -46,6 +46,13 @@ def successor(work: Path) -> Path:
     return following
 
 
+def held(mark: Path) -> Path:
+    """Another name of the file that is ``mark`` now: while it stands, no file made later has its inode number."""
+    other = mark.parents[2] / "earlier-mark.json"
+    other.hardlink_to(mark)
+    return other
+
+
 def contents(work: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in (work / "source").rglob("*") if path.is_file()}
 
@@ -125,21 +132,23 @@ def test_links_to_a_local_folder_are_followed_by_the_check(work: Path) -> None:
     folder = write_llama(work.parent / "root" / "model")
     first = run(work, "file:model")
     following = successor(work)
-    mark = (following / "source" / "fetched.json").stat().st_ino
+    mark = following / "source" / "fetched.json"
+    earlier = held(mark)
     assert run(following, "file:model") == first
-    assert (following / "source" / "fetched.json").stat().st_ino == mark
+    assert mark.samefile(earlier)
     os.utime(folder / "model.safetensors", ns=(1, 1))
     assert run(following, "file:model") == first
-    assert (following / "source" / "fetched.json").stat().st_ino != mark
+    assert not mark.samefile(earlier)
 
 
 def test_an_earlier_result_is_found_in_the_successors_own_folder(work: Path) -> None:
     write_llama(work / "source" / "artifact")
     first = run(work, "job:job_01JZZZZZZZZZZZZZZZZZZZZZZZ")
     following = successor(work)
-    mark = (following / "source" / "fetched.json").stat().st_ino
+    mark = following / "source" / "fetched.json"
+    earlier = held(mark)
     assert run(following, "job:job_01JZZZZZZZZZZZZZZZZZZZZZZZ") == first
-    assert (following / "source" / "fetched.json").stat().st_ino == mark
+    assert mark.samefile(earlier)
     model = following / "source" / "model"
     assert json.loads((model / "config.json").read_text())["model_type"] == "llama"
     assert (model / "model.safetensors").resolve().parent == following / "source" / "artifact"
