@@ -130,7 +130,6 @@ def test_an_encoder_is_surveyed_too(tmp_path: Path) -> None:
 def test_the_survey_leaves_the_skeleton_as_it_was(llama: Path, tmp_path: Path) -> None:
     attempt = fetched(tmp_path / "work", llama, {"stages": [{**MIXED, "average_bits": 5.0}]})
     from workers.architectures import architecture_of
-    from workers.engine.activations import Activations
     from workers.engine.checkpoint import Checkpoint
     from workers.engine.sensitivity import measure
     from workers.engine.skeleton import Skeleton
@@ -140,7 +139,7 @@ def test_the_survey_leaves_the_skeleton_as_it_was(llama: Path, tmp_path: Path) -
     skeleton = Skeleton(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"))
     calibration = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(0))
     stage = MixedPrecision.model_validate({**MIXED, "average_bits": 5.0})
-    found = measure(skeleton, stage, 4, [calibration], Activations(tmp_path / "store"), lambda *_: None)
+    found = measure(skeleton, stage, 4, [calibration], tmp_path / "store", lambda *_: None)
     assert len(found) == 4 * 4
     assert all(group.errors[4] > 30 * group.errors[8] > 0 for group in found)
     assert all(group.divergence > 0 for group in found)

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Callable
 
 import torch
+
+# Of malloc.h; the bytes are the most that its int can say.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, (1 << 31) - 1
 
 
 def compute_device() -> torch.device:
@@ -27,11 +31,27 @@ def peak_device_memory_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
+def keep_freed_memory() -> None:
+    """Have this process keep what it frees, for its next use, until :func:`release_memory`.
+
+    A forward pass takes and frees tensors of the same sizes again and again. Where each goes back to the system at
+    once, which clears the pages that it gives out, that is a seventh of the pass's time.
+    """
+    set_option = _of_glibc("mallopt")
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, _KEPT_BYTES)
+        set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+
+
 def release_memory() -> None:
     """Give freed memory back to the system, so that what a process holds does not creep up block by block."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's; others give back by themselves
-        if trim is not None:
-            trim(0)
+    trim = _of_glibc("malloc_trim")
+    if trim is not None:
+        trim(0)
+
+
+def _of_glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc's allocator; other systems' give back, or keep, as they think right."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None

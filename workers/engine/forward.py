@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import greenlet
 from torch import Tensor, nn
 
+from workers.engine.holdings import Holdings, MemoryBudget
 from workers.errors import is_out_of_memory, model_unusable
 
 logger = logging.getLogger(__name__)
@@ -40,8 +42,10 @@ class ForwardPass:
         options: Mapping[str, Any] | None = None,
         *,
         heeds_transforms: bool = True,
+        budget: MemoryBudget | None = None,
     ) -> None:
         self.input_shape = input_ids.shape  # batch × tokens
+        self._holdings = None if budget is None else Holdings(budget, model)
         self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, **(options or {})).logits)
         self._greenlet.heeds_transforms = heeds_transforms
 
@@ -60,10 +64,18 @@ class ForwardPass:
             if isinstance(reached, Tensor):
                 return reached
 
+    def rest(self) -> None:
+        """Wait without taking memory beyond the budget: what the pass brought to its stop may be read no more."""
+        if self._holdings is not None:
+            self._holdings.put_away()
+
     def _go_on(self) -> Stop | Tensor:
         """Run the model's own code to its next stop. What fails there fails in every loader: the model is at fault."""
+        if self._holdings is not None:
+            self._holdings.bring_back()
         try:
-            reached: Stop | Tensor = self._greenlet.switch()
+            with self._holdings or nullcontext():
+                reached: Stop | Tensor = self._greenlet.switch()
         except Exception as error:
             if is_out_of_memory(error):
                 raise
@@ -75,6 +87,8 @@ class ForwardPass:
         """End the pass where it waits and free what it holds."""
         if self._greenlet:
             self._greenlet.throw()
+        if self._holdings is not None:
+            self._holdings.forget()
 
 
 class Gate:

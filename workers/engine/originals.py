@@ -19,15 +19,19 @@ class Originals:
         self._skeleton = skeleton
         self._replaced: dict[str, Tensor] = {}
 
-    def replace(self, layer: str, original: Tensor) -> None:
+    def remember(self, layer: str) -> None:
         """Remember the weight of a layer that is about to get another one, until the passes are past it."""
         if self.passes:
-            self._replaced[layer] = original
+            self._replaced[layer] = self._weight_of(layer)
 
-    def advance_to(self, name: str) -> list[Tensor]:
-        """Bring every pass to the stop called ``name``; what each brings there."""
+    def advance(self, number: int, name: str) -> Tensor:
+        """Bring one pass to the stop called ``name``; what it brings there."""
         with self._restored():
-            return [each.advance_to(name) for each in self.passes]
+            return self.passes[number].advance_to(name)
+
+    def are_past(self) -> None:
+        """Say that all have read what was remembered."""
+        self._replaced.clear()
 
     def abandon(self) -> None:
         """End the passes where they wait."""
@@ -37,10 +41,13 @@ class Originals:
 
     @contextmanager
     def _restored(self) -> Iterator[None]:
-        compressed = {layer: self._skeleton.linear_weight(layer) for layer in self._replaced}
+        compressed = {layer: self._weight_of(layer) for layer in self._replaced}
         for layer, weight in self._replaced.items():
-            self._skeleton.assign_linear(layer, weight)
+            self._skeleton.assign(f"{layer}.weight", weight)
         yield
         for layer, weight in compressed.items():
-            self._skeleton.assign_linear(layer, weight)
-        self._replaced.clear()
+            self._skeleton.assign(f"{layer}.weight", weight)
+
+    def _weight_of(self, layer: str) -> Tensor:
+        """The weight as the module has it."""
+        return self._skeleton.module(layer).get_parameter("weight")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from workers.engine.activations import Activations
 from workers.engine.sensitivity import Sensitivity, measure
 from workers.engine.skeleton import Skeleton
 from workers.engine.survey import survey
@@ -47,10 +46,8 @@ def make_plan(
         elif isinstance(stage, MixedPrecision):
             budget = _Budget(skeleton, stage)
             budget.check(f"recipe.stages[{index}].max_size_bytes")
-            store = Activations(folder)
             width = min(stage.widths, key=lambda width: abs(width - budget.average_bits))
-            groups = measure(skeleton, stage, width, calibration, store, progress)
-            store.remove()
+            groups = measure(skeleton, stage, width, calibration, folder, progress)
             plan[index] = _widths(stage, budget, groups, width)
     return plan
 

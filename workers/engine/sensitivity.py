@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from workers.engine.activations import Activations, put
 from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, Gate
+from workers.engine.holdings import MemoryBudget
 from workers.engine.layer import Layer
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
@@ -64,13 +66,13 @@ def measure(
     stage: MixedPrecision,
     width: int,
     calibration: Sequence[Tensor],
-    store: Activations,
+    folder: Path,
     progress: Progress,
 ) -> list[Sensitivity]:
     """The sensitivity of every group of layers, in order; layers on the stage's ignore list are left out.
 
     ``calibration`` holds samples × tokens for each length of samples. Blocks are loaded one at a time; between them
-    hidden states lie in ``store``.
+    hidden states lie in ``folder``, which is gone afterwards.
     """
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
@@ -85,7 +87,9 @@ def measure(
     (compared,) = part_of([max(calibration, key=torch.numel)], NUM_COMPARED_TOKENS)
     original = skeleton.forward_pass(compared)
     inputs = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_INPUT_TOKENS)]
-    changed = {leader: skeleton.forward_pass(compared) for leader in groups}
+    # As many as there are layers in all: what they hold while they wait must not grow with the depth.
+    store, budget = Activations(folder), MemoryBudget(folder / "waiting", 0)
+    changed = {leader: skeleton.forward_pass(compared, budget=budget) for leader in groups}
     before, waiting = _begin(skeleton, blocks, original, inputs, changed)
     unread = torch.zeros_like(before)
     found: dict[str, Sensitivity] = {}
@@ -94,6 +98,7 @@ def measure(
         skeleton.load(block)
         for number, leader in enumerate(found):
             store.keep(index + 1, number, changed[leader].advance_to(following))
+            changed[leader].rest()
         for leader in (leader for leader in groups if leader.startswith(block + ".")):
             originals = {name: skeleton.linear_weight(name) for name in groups[leader]}
             found[leader] = _quantize_alone(
@@ -106,6 +111,7 @@ def measure(
             # The pass keeps what it entered with and reads it no more: without memory of its own, depth costs none.
             if left is not entered:
                 put(unread, entered)
+            changed[leader].rest()
             for name, weight in originals.items():
                 skeleton.assign_linear(name, weight)
         for each in inputs:
@@ -126,6 +132,7 @@ def measure(
     )
     for gate in gates:
         gate.remove()
+    store.remove()
     return list(found.values())
 
 
@@ -153,6 +160,7 @@ def _begin(
             for leader in (leader for leader in changed if leader.startswith(block + ".")):
                 waiting[leader] = changed[leader].advance_to(block)
                 put(before, waiting[leader])
+                changed[leader].rest()
     for name in outer:
         skeleton.unload(name)
     return before, waiting

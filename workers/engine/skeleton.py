@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from workers.architectures import AUTO_CLASSES, Architecture
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.forward import ForwardPass
+from workers.engine.holdings import MemoryBudget
 from workers.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -92,10 +93,16 @@ class Skeleton:
         module: nn.Module = self.model.get_submodule(name)
         return module
 
-    def forward_pass(self, input_ids: Tensor, *, heeds_transforms: bool = True) -> ForwardPass:
+    def forward_pass(
+        self, input_ids: Tensor, *, heeds_transforms: bool = True, budget: MemoryBudget | None = None
+    ) -> ForwardPass:
         """A batch (sequences × tokens) before its way through the model."""
         return ForwardPass(
-            self.model, input_ids.to(self.device), self.architecture.call_options, heeds_transforms=heeds_transforms
+            self.model,
+            input_ids.to(self.device),
+            self.architecture.call_options,
+            heeds_transforms=heeds_transforms,
+            budget=budget,
         )
 
     def linear_weight(self, name: str) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, Gate, SharedTransform
+from workers.engine.holdings import MemoryBudget
 from workers.engine.journal import Journal, part_name
 from workers.engine.layer import Layer
 from workers.engine.originals import Originals
@@ -28,6 +29,8 @@ from workers.techniques import StageOptions
 
 # Tokens that one pass takes through a block at a time: enough for large products, few enough to stay in memory.
 TOKENS_PER_PASS = 4096
+# What waiting passes may hold in memory together. The result does not depend on it.
+WAITING_BYTES = 1 << 30
 
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
@@ -82,11 +85,11 @@ class Stream:
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = skeleton.forward_pass(probe)
         batches = [ids for samples in calibration for ids in _batches(samples)]
-        passes = [skeleton.forward_pass(ids) for ids in batches]
+        budget = MemoryBudget(self.journal.folder / "waiting", WAITING_BYTES)
+        passes = [skeleton.forward_pass(ids, budget=budget) for ids in batches]
         if "drift" in self.recipe.statistics:
-            self._originals = Originals(
-                skeleton, [skeleton.forward_pass(ids, heeds_transforms=False) for ids in batches]
-            )
+            originals = [skeleton.forward_pass(ids, heeds_transforms=False, budget=budget) for ids in batches]
+            self._originals = Originals(skeleton, originals)
         compressed = [*passes, probe_pass]
         with self._timed("write"):
             self._outer.write()
@@ -100,11 +103,7 @@ class Stream:
             with self._timed("write"):
                 self.journal.parts.write(part_name(index), self._tensors_of(block, layers))
             if index + 1 < len(blocks):
-                with self._timed("forward"):
-                    hidden = self._originals.advance_to(blocks[index + 1])
-                    hidden += [each.advance_to(blocks[index + 1]) for each in compressed]
-                with self._timed("journal"):
-                    self._finish_block(index, hidden)
+                self._finish_block(index, blocks[index + 1], compressed)
             else:
                 with self._timed("forward"):
                     for each in passes:
@@ -119,6 +118,7 @@ class Stream:
             self.result.probe_logits = self._finish(probe_pass)
         for gate in self._gates.values():
             gate.remove()
+        budget.close()
         return self.result
 
     def _begin(self, blocks: list[str], compressed: list[ForwardPass]) -> None:
@@ -132,21 +132,22 @@ class Stream:
         with skeleton.skipped(done if kept else []):
             for name in before_blocks:
                 skeleton.load(name)
-            hidden = self._originals.advance_to(first if kept else blocks[0])
-            self._outer.assign_before_blocks()
-            hidden += [each.advance_to(first if kept else blocks[0]) for each in compressed]
+            for number, each in enumerate(everyone):
+                if number == len(self._originals.passes):
+                    self._outer.assign_before_blocks()
+                hidden = each.advance_to(first if kept else blocks[0])
+                if kept:
+                    journal.activations.restore(journal.num_blocks, number, hidden)
+                each.rest()
         for name in before_blocks:
             skeleton.unload(name)
-        if kept:
-            for number, tensor in enumerate(hidden):
-                journal.activations.restore(journal.num_blocks, number, tensor)
-            return
-        for index, block in enumerate(done):
+        for index, block in enumerate([] if kept else done):
             skeleton.load(block)
-            self._originals.advance_to(blocks[index + 1])
-            self._assign_compressed(index)
-            for each in compressed:
+            for number, each in enumerate(everyone):
+                if number == len(self._originals.passes):
+                    self._assign_compressed(index)
                 each.advance_to(blocks[index + 1])
+                each.rest()
             skeleton.unload(block)
 
     def _assign_compressed(self, index: int) -> None:
@@ -168,10 +169,20 @@ class Stream:
         for name, tensor in stored.items():
             self.skeleton.assign(name, tensor.to(self.skeleton.device, torch.float32))
 
-    def _finish_block(self, index: int, hidden: list[Tensor]) -> None:
-        for number, each in enumerate(hidden):
-            self.journal.activations.keep(index + 1, number, each)
-        self.journal.finish_block(index, self.result.blocks[index].to_json(), [each.shape for each in hidden])
+    def _finish_block(self, index: int, following: str, compressed: list[ForwardPass]) -> None:
+        """Bring every pass to the block ``following``, and have the journal keep what it brings there."""
+        num_originals, shapes = len(self._originals.passes), []
+        for number, each in enumerate([*self._originals.passes, *compressed]):
+            with self._timed("forward"):
+                is_original = number < num_originals
+                hidden = self._originals.advance(number, following) if is_original else each.advance_to(following)
+            with self._timed("journal"):
+                self.journal.activations.keep(index + 1, number, hidden)
+            each.rest()
+            shapes.append(hidden.shape)
+        self._originals.are_past()
+        with self._timed("journal"):
+            self.journal.finish_block(index, self.result.blocks[index].to_json(), shapes)
 
     def _compress_block(self, index: int, blocks: list[str], passes: list[ForwardPass]) -> list[Layer]:
         """Solve every layer of a block, each group of them as soon as its input is there."""
@@ -187,7 +198,7 @@ class Stream:
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)
             for layer in layers:
-                self._originals.replace(layer.name, self.skeleton.linear_weight(layer.name))
+                self._originals.remember(layer.name)
                 # From here on there is one copy of the weight: what was solved is not needed any more.
                 layer.weight, layer.input_statistics = layer.effective_weight(), None
                 self.skeleton.assign_linear(layer.name, layer.weight)
@@ -224,13 +235,17 @@ class Stream:
             return None
         in_features = self.skeleton.linear_weight(leader).shape[1]
         statistics = InputStatistics(leader, in_features, self.recipe.statistics, self.skeleton.device)
-        with self._timed("forward"):
-            originals: Sequence[Tensor | None] = self._originals.advance_to(leader) or [None] * len(passes)
-        for each, original in zip(passes, originals, strict=True):
+        for number, each in enumerate(passes):
             with self._timed("forward"):
+                original = self._originals.advance(number, leader) if self._originals.passes else None
                 inputs = each.advance_to(leader)
             with self._timed("statistics"):
                 statistics.add(inputs, original)
+            with self._timed("forward"):
+                each.rest()
+                if original is not None:
+                    self._originals.passes[number].rest()
+        self._originals.are_past()
         statistics.finish()
         return statistics
 

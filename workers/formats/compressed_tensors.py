@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, fake_quantize
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from torch import Tensor, nn
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from torch import Tensor
 
 from workers.recipe import Packing
 from workers.solvers.quantization import Grid, QuantizedWeight
@@ -101,14 +100,19 @@ def quantization_config(
 def input_quantizer(grid: Grid) -> Callable[[Tensor], Tensor]:
     """What every loader does to the input of a layer whose activations are quantized: by token, and back.
 
-    ``grid`` is that of the layer's weight: activations are of the same 8-bit type.
+    ``grid`` is that of the layer's weight: activations are of the same 8-bit type. To the bit what the library's own
+    functions give, which write a new tensor for each of their steps: that took a fifth of all the time.
     """
-    arguments = _activations(grid)
+    code_type = torch.float8_e4m3fn if grid.is_float else torch.int8
+    limits: torch.finfo | torch.iinfo = torch.finfo(code_type) if grid.is_float else torch.iinfo(code_type)
 
     def quantize(inputs: Tensor) -> Tensor:
-        scale, zero_point = compute_dynamic_scales_and_zp(value=inputs, args=arguments, module=nn.Identity())
-        quantized: Tensor = fake_quantize(x=inputs, scale=scale, zero_point=zero_point, args=arguments)
-        return quantized
+        least, most = torch.aminmax(inputs, dim=-1, keepdim=True)
+        scale = torch.maximum(least.neg_(), most).clamp_(min=0).div_((limits.max - limits.min) / 2)
+        scale.masked_fill_(scale == 0, torch.finfo(scale.dtype).eps)
+        quantized = torch.div(inputs, scale).clamp_(limits.min, limits.max)
+        quantized = quantized.copy_(quantized.to(code_type)) if grid.is_float else quantized.round_()
+        return quantized.mul_(scale)
 
     return quantize
 

@@ -1,0 +1,32 @@
+"""What we compute ourselves of compressed-tensors' format is what the library computes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationArgs, fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import nn
+
+from workers.formats.compressed_tensors import input_quantizer
+from workers.solvers.quantization import Grid
+
+
+@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
+def test_inputs_are_quantized_as_the_library_does_it(is_float: bool, size: float) -> None:
+    inputs = size * torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(0))
+    inputs[0, 0] = 0.0
+    inputs[0, 1].clamp_(min=0)
+    inputs[0, 2].clamp_(max=0)
+    inputs[1, :, 5] *= 1000
+    arguments = QuantizationArgs(
+        num_bits=8, type="float" if is_float else "int", strategy="token", dynamic=True, symmetric=True
+    )
+    scale, zero_point = compute_dynamic_scales_and_zp(value=inputs, args=arguments, module=nn.Identity())
+    expected = fake_quantize(x=inputs, scale=scale, zero_point=zero_point, args=arguments)
+    before = inputs.clone()
+    found = input_quantizer(Grid(8, 96, True, is_float=is_float))(inputs)
+    assert torch.equal(found, expected)
+    assert not torch.equal(found, inputs)
+    assert torch.equal(inputs, before)
