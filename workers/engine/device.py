@@ -8,8 +8,11 @@ from collections.abc import Callable
 
 import torch
 
-# Of malloc.h; the bytes are the most that its int can say.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _KEPT_BYTES = -1, -3, (1 << 31) - 1
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_MOST_KEPT_BYTES = (1 << 31) - 1
+# Activations of thousands of tokens are smaller; what is larger, as Hessians and embeddings are, goes back at once.
+_LARGE_BYTES = 1 << 25
 
 
 def compute_device() -> torch.device:
@@ -39,8 +42,8 @@ def keep_freed_memory() -> None:
     """
     set_option = _of_glibc("mallopt")
     if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, _KEPT_BYTES)
-        set_option(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+        set_option(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+        set_option(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
 
 
 def release_memory() -> None:

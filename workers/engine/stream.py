@@ -194,6 +194,7 @@ class Stream:
             leader = f"{block}.{group[0]}"
             self.progress(leader, index, len(blocks), (index + number / len(groups)) / len(blocks))
             statistics = self._gather(leader, passes)
+            release_memory()
             layers = [self._layer(f"{block}.{name}", statistics) for name in group]
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)
