@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from workers.errors import UserError
 from workers.pipeline import compress
 
 MIXED = {"technique": "mixed_precision", "group_size": 32}
+NUM_BLOCKS = 4
 ALL_WIDTHS = ["W2A16", "W3A16", "W4A16", "W5A16", "W6A16", "W8A16"]
 
 
@@ -30,7 +32,7 @@ def widths(attempt: Attempt) -> dict[str, int]:
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of four blocks; in the second, attention writes to the residual stream as loud as nothing else."""
     folder = tmp_path_factory.mktemp("models") / "llama"
-    write_tiny_model(folder, "llama", num_hidden_layers=4, num_key_value_heads=2, intermediate_size=128)
+    write_tiny_model(folder, "llama", num_hidden_layers=NUM_BLOCKS, num_key_value_heads=2, intermediate_size=128)
     tensors = load_file(folder / "model.safetensors")
     tensors["model.layers.1.self_attn.o_proj.weight"] *= 30
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -110,7 +112,8 @@ def test_a_killed_job_keeps_to_its_plan(llama: Path, tmp_path: Path, monkeypatch
 
     def killed(journal: Journal, index: int, entry: Any, shapes: Any) -> None:
         finish(journal, index, entry, shapes)
-        raise KeyboardInterrupt
+        if journal.folder == attempt.work / "journal":
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(Journal, "finish_block", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -119,6 +122,82 @@ def test_a_killed_job_keeps_to_its_plan(llama: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr("workers.engine.stream.make_plan", None)  # made once
     compress(attempt.work, attempt.request, attempt.events.append)
     assert (attempt.artifact / "model.safetensors").read_bytes() == (whole.artifact / "model.safetensors").read_bytes()
+
+
+ALLOCATED = {"technique": "sparsegpt", "sparsity": 0.3, "allocation": "error"}
+
+
+@pytest.mark.parametrize("stages", [[{**MIXED, "average_bits": 5.0}], [ALLOCATED, {**MIXED, "average_bits": 5.0}]])
+def test_a_killed_plan_goes_on_from_its_last_block(
+    llama: Path, stages: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = compressed(tmp_path / "whole", llama, {"stages": stages})
+    plan = json.loads((whole.work / "journal" / "plan.json").read_text())["value"]
+    attempt = fetched(tmp_path / "work", llama, {"stages": stages})
+    finish, finished = Journal.finish_block, list[str]()
+
+    def killed(journal: Journal, index: int, entry: Any, shapes: Any) -> None:
+        if (len(finished), len(stages)) == (2, 1):  # in the middle of a block, and again after one
+            finished.append("torn")
+            raise KeyboardInterrupt
+        finish(journal, index, entry, shapes)
+        finished.append(f"{journal.folder.name}-{index}")
+        raise KeyboardInterrupt
+
+    def begin() -> None:
+        begun = Attempt(attempt.work, attempt.request)
+        shutil.rmtree(attempt.artifact, ignore_errors=True)
+        compress(begun.work, begun.request, begun.events.append)
+
+    monkeypatch.setattr(Journal, "finish_block", killed)
+    while not (attempt.work / "journal" / "block-00000.json").exists():
+        with pytest.raises(KeyboardInterrupt):
+            begin()
+    steps = [f"sensitivity-{index}" for index in range(NUM_BLOCKS)]
+    if len(stages) == 1:
+        assert finished == [*steps[:2], "torn", *steps[2:], "journal-0"]
+    else:
+        assert finished == [*(f"survey-{index}" for index in range(NUM_BLOCKS - 1)), *steps, "journal-0"]
+    assert not (attempt.work / "journal" / "planning").exists()
+    assert json.loads((attempt.work / "journal" / "plan.json").read_text())["value"] == plan
+    monkeypatch.undo()
+    begin()
+    assert (attempt.artifact / "model.safetensors").read_bytes() == (whole.artifact / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("what", ["activations", "entry", "fingerprint"])
+def test_a_part_of_a_plan_that_cannot_be_gone_on_with_is_made_again(
+    llama: Path, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = {"stages": [{**MIXED, "average_bits": 5.0}]}
+    whole = compressed(tmp_path / "whole", llama, recipe)
+    attempt = fetched(tmp_path / "work", llama, recipe)
+    finish = Journal.finish_block
+
+    def killed(journal: Journal, index: int, entry: Any, shapes: Any) -> None:
+        finish(journal, index, entry, shapes)
+        if index == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "finish_block", killed)
+    with pytest.raises(KeyboardInterrupt):
+        compress(attempt.work, attempt.request, attempt.events.append)
+    monkeypatch.undo()
+    steps = attempt.work / "journal" / "planning" / "sensitivity"
+    if what == "activations":
+        path = next((steps / "activations").glob("0-*"))
+        path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    elif what == "entry":
+        path = steps / "block-00000.json"
+        entry = json.loads(path.read_text())
+        next(iter(entry["entry"].values()))["errors"][0][1] *= 2
+        path.write_text(json.dumps(entry))
+    else:
+        monkeypatch.setattr("workers.pipeline.fingerprint", lambda: {"machine": "another"})
+    compress(attempt.work, attempt.request, attempt.events.append)
+    assert (attempt.artifact / "model.safetensors").read_bytes() == (whole.artifact / "model.safetensors").read_bytes()
+    first = [event["step"] for event in attempt.events if "plan.model.layers.0" in str(event.get("step"))]
+    assert len(first) == 2
 
 
 def test_an_encoder_is_surveyed_too(tmp_path: Path) -> None:
@@ -139,7 +218,7 @@ def test_the_survey_leaves_the_skeleton_as_it_was(llama: Path, tmp_path: Path) -
     skeleton = Skeleton(checkpoint, architecture_of(checkpoint.config), torch.device("cpu"))
     calibration = torch.randint(0, 300, (8, 64), generator=torch.Generator().manual_seed(0))
     stage = MixedPrecision.model_validate({**MIXED, "average_bits": 5.0})
-    found = measure(skeleton, stage, 4, [calibration], tmp_path / "store", lambda *_: None)
+    found = measure(skeleton, stage, 4, [calibration], Journal(tmp_path / "journal", {}, {}), lambda *_: None)
     assert len(found) == 4 * 4
     assert all(group.errors[4] > 30 * group.errors[8] > 0 for group in found)
     assert all(group.divergence > 0 for group in found)

@@ -22,6 +22,7 @@ from workers.disk import flush, write_json
 from workers.engine.activations import Activations
 from workers.formats.parts import Parts
 
+PLANNING = "planning"  # the inner journal of what is decided before the first block
 _IDENTITY = "identity.json"
 _READ_BYTES = 1 << 24
 
@@ -43,7 +44,7 @@ class Journal:
         ``fingerprint`` is what blocks are made under from now on; that of an earlier attempt may be another.
         """
         self.folder = folder
-        self.fingerprint = fingerprint
+        self.fingerprint = dict(fingerprint)
         self.fingerprints: list[dict[str, Any]] = []  # of the finished blocks
         self.discarded: Discarded | None = None
         self.entries: list[dict[str, Any]] = []
@@ -72,9 +73,25 @@ class Journal:
         self._write(path, _sealed({"value": value, "fingerprint": self.fingerprint}))
         return value
 
+    def inner(self, name: str) -> Journal:
+        """A journal of something that is to be done before the first block, in a folder of this one's."""
+        return Journal(self.folder / name, {"of": name}, self.fingerprint)
+
+    def begin_again_unless_whole(self, shapes: Sequence[Sequence[int]]) -> None:
+        """Forget the finished blocks where what comes after them could not go on as if it had never stopped.
+
+        That needs their hidden states, of these ``shapes``, and that they were made under our fingerprint.
+        """
+        if not self.has_activations(shapes) or any(each != self.fingerprint for each in self.fingerprints):
+            self._forget_from(0)
+            self.entries.clear()
+            self.fingerprints.clear()
+            self._activations_of = {}
+
     def finish_block(self, index: int, entry: Mapping[str, Any], shapes: Sequence[torch.Size]) -> None:
         """Say that block ``index`` is done: its part is written, and ``activations`` have what the next block reads.
 
+        Where blocks have no parts, the entry says all there is of them.
         ``entry`` is what the report needs of the block; ``shapes`` are those of the hidden states, a pass each.
         """
         described = [
@@ -88,7 +105,7 @@ class Journal:
                 {
                     "entry": entry,
                     "fingerprint": self.fingerprint,
-                    "part_xxh3": _digest(self.parts.path(part)),
+                    "part_xxh3": _digest(self.parts.path(part)) if self.parts.path(part).exists() else None,
                     "activations": described,
                 }
             ),
@@ -129,7 +146,7 @@ class Journal:
                 return True
             try:
                 written = _unsealed(path)
-                if _digest(parts.path(part)) != written["part_xxh3"]:
+                if written["part_xxh3"] is not None and _digest(parts.path(part)) != written["part_xxh3"]:
                     raise ValueError("the part's bytes are not those that the entry names")
                 entry, fingerprint = dict(written["entry"]), dict(written["fingerprint"])
             except (OSError, ValueError, KeyError, TypeError):

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from torch import Tensor
 
+from workers.engine.journal import Journal
 from workers.engine.sensitivity import Sensitivity, measure
 from workers.engine.skeleton import Skeleton
 from workers.engine.survey import survey
@@ -28,11 +28,11 @@ Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fr
 
 
 def make_plan(
-    skeleton: Skeleton, recipe: Recipe, calibration: Sequence[Tensor], folder: Path, progress: Progress
+    skeleton: Skeleton, recipe: Recipe, calibration: Sequence[Tensor], journal: Journal, progress: Progress
 ) -> list[dict[str, float]]:
     """By stage, what :meth:`StageOptions.at` takes for a layer; of stages that treat all alike, nothing.
 
-    ``calibration`` holds samples × tokens for each length of samples; ``folder`` is for hidden states.
+    ``calibration`` holds samples × tokens for each length of samples; in ``journal`` it is kept how far we are.
 
     Raises:
         UserError: ``budget_too_small``.
@@ -41,13 +41,14 @@ def make_plan(
     curves: list[dict[str, ErrorCurve]] = []
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, PruningOptions) and stage.plan_share:
-            curves = curves or survey(skeleton, calibration, progress)
+            curves = curves or survey(skeleton, calibration, journal.inner("survey"), progress)
             plan[index] = _sparsities(stage, curves)
         elif isinstance(stage, MixedPrecision):
             budget = _Budget(skeleton, stage)
             budget.check(f"recipe.stages[{index}].max_size_bytes")
             width = min(stage.widths, key=lambda width: abs(width - budget.average_bits))
-            groups = measure(skeleton, stage, width, calibration, folder, progress)
+            steps = journal.inner("sensitivity")
+            groups = measure(skeleton, stage, width, calibration, steps, progress)
             plan[index] = _widths(stage, budget, groups, width)
     return plan
 

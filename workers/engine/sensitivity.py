@@ -8,18 +8,20 @@ the group's own input, since for small changes the divergence grows with the squ
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.engine.activations import Activations, put
+from workers.engine.activations import put
 from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, Gate
 from workers.engine.holdings import MemoryBudget
+from workers.engine.journal import Journal
 from workers.engine.layer import Layer
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
@@ -52,6 +54,15 @@ class Sensitivity:
     errors: dict[int, float]  # ‖(W − Ŵ)X‖² by width, of some rows, each rounded to nearest
     divergence: float = 0.0  # KL(original ‖ changed), nats a token, with the group alone quantized at `width`
 
+    def to_json(self) -> dict[str, Any]:
+        """What is known before outputs are compared."""
+        return {"layers": list(self.layers), "errors": [*self.errors.items()]}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> Sensitivity:
+        """What :meth:`to_json` gave."""
+        return cls(content["layers"], {int(bits): error for bits, error in content["errors"]})
+
     def at(self, num_bits: int, width: int) -> float:
         """The divergence that ``num_bits`` would cost, where ``width`` cost what was measured."""
         if self.errors[width] <= 0:
@@ -66,38 +77,42 @@ def measure(
     stage: MixedPrecision,
     width: int,
     calibration: Sequence[Tensor],
-    folder: Path,
+    journal: Journal,
     progress: Progress,
 ) -> list[Sensitivity]:
     """The sensitivity of every group of layers, in order; layers on the stage's ignore list are left out.
 
     ``calibration`` holds samples × tokens for each length of samples. Blocks are loaded one at a time; between them
-    hidden states lie in ``folder``, which is gone afterwards.
+    hidden states lie in ``journal``, and blocks that it has are not done again.
     """
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-    end = skeleton.end
+    stops = [*blocks, skeleton.end]
     groups = {
         f"{block}.{group[0]}": [name for layer in group if not stage.ignores(name := f"{block}.{layer}")]
         for block in blocks
         for group in architecture.linear_groups
     }
     groups = {leader: layers for leader, layers in groups.items() if layers}
-    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, *groups, end)]
+    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*stops, *groups)]
     (compared,) = part_of([max(calibration, key=torch.numel)], NUM_COMPARED_TOKENS)
     original = skeleton.forward_pass(compared)
     inputs = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_INPUT_TOKENS)]
     # As many as there are layers in all: what they hold while they wait must not grow with the depth.
-    store, budget = Activations(folder), MemoryBudget(folder / "waiting", 0)
+    budget = MemoryBudget(journal.folder / "waiting", 0)
     changed = {leader: skeleton.forward_pass(compared, budget=budget) for leader in groups}
-    before, waiting = _begin(skeleton, blocks, original, inputs, changed)
+    going_on = itertools.islice(changed.values(), sum(map(len, journal.entries)))
+    journal.begin_again_unless_whole(_shapes(skeleton, [original, *inputs, *going_on]))
+    found = {leader: Sensitivity.from_json(each) for entry in journal.entries for leader, each in entry.items()}
+    before, waiting = _begin(skeleton, stops, journal, [original, *inputs], changed, list(found))
     unread = torch.zeros_like(before)
-    found: dict[str, Sensitivity] = {}
-    for index, (block, following) in enumerate(zip(blocks, [*blocks[1:], end], strict=True)):
+    for index in range(journal.num_blocks, len(blocks)):
+        block, following = blocks[index], stops[index + 1]
         progress(f"plan.{block}", index, len(blocks), _SHARE_OF_BLOCKS * index / len(blocks))
         skeleton.load(block)
-        for number, leader in enumerate(found):
-            store.keep(index + 1, number, changed[leader].advance_to(following))
+        number = itertools.count(1 + len(inputs))
+        for leader in found:
+            journal.activations.keep(index + 1, next(number), changed[leader].advance_to(following))
             changed[leader].rest()
         for leader in (leader for leader in groups if leader.startswith(block + ".")):
             originals = {name: skeleton.linear_weight(name) for name in groups[leader]}
@@ -107,16 +122,19 @@ def measure(
             entered = waiting.pop(leader)
             put(before.clone(), entered)
             left = changed[leader].advance_to(following)
-            store.keep(index + 1, len(found) - 1, left)
+            journal.activations.keep(index + 1, next(number), left)
             # The pass keeps what it entered with and reads it no more: without memory of its own, depth costs none.
             if left is not entered:
                 put(unread, entered)
             changed[leader].rest()
             for name, weight in originals.items():
                 skeleton.assign_linear(name, weight)
-        for each in inputs:
-            each.advance_to(following)
         before = original.advance_to(following)
+        for which, each in enumerate([original, *inputs]):
+            hidden = before if each is original else each.advance_to(following)
+            journal.activations.keep(index + 1, which, hidden)
+        entry = {leader: each.to_json() for leader, each in found.items() if leader.startswith(block + ".")}
+        journal.finish_block(index, entry, _shapes(skeleton, [original, *inputs, *(changed[name] for name in found)]))
         skeleton.unload(block)
         release_memory()
     for each in inputs:
@@ -132,31 +150,41 @@ def measure(
     )
     for gate in gates:
         gate.remove()
-    store.remove()
     return list(found.values())
+
+
+def _shapes(skeleton: Skeleton, passes: Iterable[ForwardPass]) -> list[torch.Size]:
+    """Of what passes bring from block to block."""
+    return [torch.Size([*each.input_shape, skeleton.hidden_size]) for each in passes]
 
 
 def _begin(
     skeleton: Skeleton,
-    blocks: list[str],
-    original: ForwardPass,
-    inputs: list[ForwardPass],
+    stops: list[str],
+    journal: Journal,
+    unchanged: list[ForwardPass],
     changed: dict[str, ForwardPass],
+    found: list[str],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bring ``original`` and ``inputs`` to the first block, and each of ``changed``, by its leader, to the leader's.
+    """Bring passes to the first of ``stops`` that is not finished, each of ``changed`` not ``found`` to its leader's.
 
-    Returns what ``original`` brings, and what the others do, which lies in the same memory.
+    Returns what the first of ``unchanged`` brings, and what the latter do, which lies in the same memory.
     """
+    first = journal.num_blocks
     outer = skeleton.present(skeleton.architecture.before_blocks)
     for name in outer:
         skeleton.load(name)
-    before = original.advance_to(blocks[0])
-    for each in inputs:
-        each.advance_to(blocks[0])
+    with skeleton.skipped(stops[:first]):
+        before = unchanged[0].advance_to(stops[first])
+        for number, each in enumerate([*unchanged, *(changed[leader] for leader in found)]):
+            hidden = each.advance_to(stops[first]) if number else before
+            if first:
+                journal.activations.restore(first, number, hidden)
+            each.rest()
     waiting = {}
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(stops[first:-1], first):
         # A block's forward is looked up before its gate: what waits there will run it, whatever comes in its place.
-        with skeleton.skipped(blocks[:index]):
+        with skeleton.skipped(stops[:index]):
             for leader in (leader for leader in changed if leader.startswith(block + ".")):
                 waiting[leader] = changed[leader].advance_to(block)
                 put(before, waiting[leader])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +13,7 @@ from torch import Tensor
 from workers.engine.device import release_memory
 from workers.engine.forward import ForwardPass, Gate, SharedTransform
 from workers.engine.holdings import MemoryBudget
-from workers.engine.journal import Journal, part_name
+from workers.engine.journal import PLANNING, Journal, part_name
 from workers.engine.layer import Layer
 from workers.engine.originals import Originals
 from workers.engine.outer import Outer
@@ -70,9 +71,10 @@ class Stream:
                 self._plan = self.journal.once(
                     "plan",
                     lambda: make_plan(
-                        skeleton, self.recipe, calibration, self.journal.folder / "planning", self._plan_progress
+                        skeleton, self.recipe, calibration, self.journal.inner(PLANNING), self._plan_progress
                     ),
                 )
+                shutil.rmtree(self.journal.folder / PLANNING, ignore_errors=True)
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
         stops = {*blocks, skeleton.end}
         if calibration:

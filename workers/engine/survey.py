@@ -9,6 +9,7 @@ from torch import Tensor
 
 from workers.engine.device import release_memory
 from workers.engine.forward import Gate
+from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.engine.text import part_of
@@ -21,25 +22,33 @@ Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fr
 
 
 @torch.inference_mode()
-def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress) -> list[dict[str, ErrorCurve]]:
+def survey(
+    skeleton: Skeleton, calibration: Sequence[Tensor], journal: Journal, progress: Progress
+) -> list[dict[str, ErrorCurve]]:
     """The error curve of each linear layer of each block, on a part of the samples.
 
-    ``calibration`` holds samples × tokens for each length of samples; blocks are loaded one at a time.
+    ``calibration`` holds samples × tokens for each length of samples; blocks are loaded one at a time,
+    and those that ``journal`` has are not done again.
     """
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
     stops = [*blocks, *(f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups)]
     gates = [Gate(name, skeleton.module(name), stops=True) for name in stops]
     passes = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_TOKENS)]
+    journal.begin_again_unless_whole([[*each.input_shape, skeleton.hidden_size] for each in passes])
+    curves = [{name: ErrorCurve.from_json(curve) for name, curve in entry.items()} for entry in journal.entries]
+    first = len(curves)
     outer = skeleton.present(architecture.before_blocks)
     for name in outer:
         skeleton.load(name)
-    for each in passes:
-        each.advance_to(blocks[0])
+    with skeleton.skipped(blocks[:first]):
+        for number, each in enumerate(passes):
+            hidden = each.advance_to(blocks[first])
+            if first:
+                journal.activations.restore(first, number, hidden)
     for name in outer:
         skeleton.unload(name)
-    curves: list[dict[str, ErrorCurve]] = []
-    for index, block in enumerate(blocks):
+    for index, block in enumerate(blocks[first:], first):
         curves.append({})
         progress(f"plan.{block}", index, len(blocks), index / len(blocks))
         skeleton.load(block)
@@ -54,13 +63,16 @@ def survey(skeleton: Skeleton, calibration: Sequence[Tensor], progress: Progress
             for layer in group:
                 name = f"{block}.{layer}"
                 curves[-1][name] = error_curve(skeleton.linear_weight(name), statistics.input_norms)
-        for each in passes:
-            if index + 1 < len(blocks):
-                each.advance_to(blocks[index + 1])
-            else:
-                each.abandon()
+        if index + 1 < len(blocks):
+            for number, each in enumerate(passes):
+                journal.activations.keep(index + 1, number, each.advance_to(blocks[index + 1]))
+            entry = {name: curve.to_json() for name, curve in curves[-1].items()}
+            shapes = [torch.Size([*each.input_shape, skeleton.hidden_size]) for each in passes]
+            journal.finish_block(index, entry, shapes)
         skeleton.unload(block)
         release_memory()
+    for each in passes:
+        each.abandon()
     for gate in gates:
         gate.remove()
     return curves

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,15 @@ class ErrorCurve:
     # float64, NUM_STEPS + 1 points: ‖(W − Ŵ)X‖² / ‖WX‖² when 0, 1, … NUM_STEPS of NUM_STEPS parts of the weights are
     # zero. Products of different columns with each other are left out, as Wanda does.
     errors: Tensor
+
+    def to_json(self) -> dict[str, Any]:
+        """All of it as JSON has it, to the last bit."""
+        return {"num_weights": self.num_weights, "errors": self.errors.tolist()}
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any]) -> ErrorCurve:
+        """What :meth:`to_json` gave."""
+        return cls(content["num_weights"], torch.tensor(content["errors"], dtype=torch.float64))
 
 
 def error_curve(weight: Tensor, input_norms: Tensor) -> ErrorCurve:

@@ -18,6 +18,8 @@ from workers.sources.fetched import MARKER
 
 logger = logging.getLogger(__name__)
 
+# Steps that a plan counts for: more than there are in any part of one.
+_WHOLE_PLAN = 1 << 20
 # In a work folder, and while it waits in the work directory.
 _WAITS_IN = {"journal": "journals", "source": "sources"}
 
@@ -60,8 +62,9 @@ def _set_aside(folder: Path, name: str, worth: Callable[[Path], int]) -> None:
 
 
 def _num_steps(journal: Path) -> int:
-    """What is done: the plan, which may have taken as long as the blocks, and blocks."""
-    return int((journal / "plan.json").exists()) + len(list(journal.glob("block-*.json")))
+    """What is done: blocks, and before them the plan, which may have taken as long, or a part of it."""
+    plan = _WHOLE_PLAN if (journal / "plan.json").exists() else len(list(journal.glob("planning/*/block-*.json")))
+    return plan + len(list(journal.glob("block-*.json")))
 
 
 def _is_marked(source: Path) -> int:

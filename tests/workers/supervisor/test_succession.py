@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 
@@ -98,6 +99,31 @@ def test_a_journal_is_handed_on_from_its_plan_on(names: list[str], tmp_path: Pat
         assert sorted(path.name for path in (second.path / "journal").iterdir()) == sorted(names)
     with WorkFolder(tmp_path, "job_2", 1) as other:
         assert not (other.path / "journal").exists()
+
+
+def test_a_part_of_a_plan_is_handed_on_unless_a_whole_one_waits(tmp_path: Path) -> None:
+    def journal_of(fence: int, *names: str) -> list[str]:
+        """What attempt ``fence`` finds; it leaves ``names`` in its place."""
+        with WorkFolder(tmp_path, "job_1", fence) as folder:
+            journal = folder.path / "journal"
+            found = [str(path.relative_to(journal)) for path in journal.rglob("*.json")]
+            shutil.rmtree(journal, ignore_errors=True)
+            for name in names:
+                (journal / name).parent.mkdir(parents=True, exist_ok=True)
+                (journal / name).write_text("{}")
+        return found
+
+    steps = [f"planning/sensitivity/block-0000{index}.json" for index in range(3)]
+    assert journal_of(1, steps[0]) == []
+    assert journal_of(2, "plan.json") == steps[:1]
+    # An attempt that outlived its lease comes back later than its successor.
+    waiting = tmp_path / "journals" / "job_1"
+    with WorkFolder(tmp_path, "job_1", 3) as late:
+        (late.path / "journal").rename(waiting)
+        for name in steps:
+            (late.path / "journal" / name).parent.mkdir(parents=True, exist_ok=True)
+            (late.path / "journal" / name).write_text("{}")
+    assert journal_of(4) == ["plan.json"]
 
 
 def test_journals_of_jobs_that_ended_elsewhere_are_removed(
