@@ -23,6 +23,7 @@ from workers.engine.device import compute_device
 from workers.engine.journal import Journal
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
+from workers.engine.stored_size import StoredSize
 from workers.engine.stream import Stream
 from workers.engine.text import (
     DOCUMENT_SEPARATOR,
@@ -68,6 +69,9 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     architecture = architecture_of(checkpoint.config)
     # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
     skeleton = Skeleton(checkpoint, architecture, compute_device())
+    limit = request.get("constraints", {}).get("max_size_bytes")
+    if limit is not None and not recipe.stores_bitmasks:  # how large a bitmask's values are is known at the end alone
+        StoredSize(skeleton, recipe).check(limit)
     _warn_of_ignored(recipe, skeleton, emit)
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)

@@ -108,6 +108,15 @@ def test_a_wrong_stage_is_named(refused: Refused, stages: Any, code: str, param:
     assert (problem["code"], problem["param"]) == (code, param)
 
 
+@pytest.mark.parametrize("stage", [GPTQ, PRUNING, NF4, {**MIXED, "average_bits": 5.0}])
+def test_a_limit_that_no_result_of_the_recipe_keeps_is_refused(refused: Refused, stage: dict[str, Any]) -> None:
+    problem = refused(422, recipe={"stages": [stage]}, constraints={"max_size_bytes": 50_000})
+    assert (problem["code"], problem["param"]) == ("constraint_impossible", "constraints.max_size_bytes")
+    needed = int(problem["hint"].split()[3].replace(",", ""))
+    assert 50_000 < needed < 400_000
+    assert f"{needed:,} bytes" in problem["detail"]
+
+
 def test_a_limit_of_bytes_needs_packed_codes(refused: Refused) -> None:
     recipe = {"stages": [{**MIXED, "max_size_bytes": 10**9}], "output": {"format": "safetensors"}}
     problem = refused(422, recipe=recipe)
