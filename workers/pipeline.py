@@ -217,14 +217,9 @@ def _export(
         for path in sorted(checkpoint.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
     source = json.loads((folder.parent / "source" / "model.json").read_text(encoding="utf-8"))
-    write_json(
-        folder / "recipe.json",
-        {
-            "model": {"id": request["model"]["id"], "revision": source["revision"]},
-            "recipe": recipe.model_dump(mode="json"),
-            "data": json.loads((folder.parent / "source" / "data.json").read_text(encoding="utf-8")),
-        },
-    )
+    # A body that can be posted again; which texts it was made with, the report says.
+    model = {"id": request["model"]["id"], "revision": source["revision"]}
+    write_json(folder / "recipe.json", {"model": model, "recipe": recipe.model_dump(mode="json")})
 
 
 def _quantization_config(skeleton: Skeleton, recipe: Recipe, streamed: Streamed) -> dict[str, Any]:

@@ -82,6 +82,10 @@ def test_every_command_speaks_json(attar: Attar, model_id: str) -> None:
         ("recipe.yaml", "stages:\n  - technique: magnitude\n    sparsity: 0.25\n"),
         ("recipe.json", '{"stages": [{"technique": "magnitude", "sparsity": 0.25}]}'),
         ("-", "stages: [{technique: magnitude, sparsity: 0.25}]"),
+        (
+            "artifact.json",
+            '{"model": {"id": "x"}, "recipe": {"stages": [{"technique": "magnitude", "sparsity": 0.25}]}}',
+        ),
     ],
 )
 def test_a_recipe_comes_from_yaml_json_or_standard_input(
