@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
@@ -23,7 +24,9 @@ _CODES = {
 _KNOWN = frozenset(get_args(ErrorType))
 # The kinds that say "this is another type", rather than "this value will not do".
 _TYPE_FAULTS = frozenset(kind for kind in _KNOWN if kind.endswith(("_type", "_parsing")))
-
+# The kinds with which a percentage is refused where a fraction is wanted.
+_FRACTION_FAULTS = frozenset({"less_than", "less_than_equal", "float_type"})
+_PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,9})?) ?%")
 
 MAX_ERRORS = 100
 
@@ -87,10 +90,23 @@ def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
         detail = f"There is no field {path[-1]!r} here."
     elif kind == "string_pattern_mismatch":
         detail = f"{str(error['input'])[:100]!r} does not have the form {context['pattern']}."
+    elif kind in _FRACTION_FAULTS:
+        hint = _fraction_for(error["input"], context)
     elif kind == "missing":
         detail = f"The field {path[-1]!r} is missing." if path else "The request has no body."
     param = context.get("param") or _written(path) or None
     return Fault(code=_code(kind), detail=_sentence(detail), param=param, hint=hint)
+
+
+def _fraction_for(value: object, context: Mapping[str, Any]) -> str | None:
+    """The hint for a percentage where a number of at most 1 is wanted; None where ``value`` is none."""
+    if isinstance(value, str):
+        match = _PERCENTAGE.fullmatch(value)
+        return f"Give a number: {match[1]} % is {float(match[1]) / 100:g}." if match else None
+    is_percentage = context.get("lt") == 1 or context.get("le") == 1
+    if not is_percentage or not isinstance(value, int | float) or not 1 < value < 100:
+        return None
+    return f"Give a fraction: {value / 100:g} for {value:g} %."
 
 
 def _code(kind: str) -> str:

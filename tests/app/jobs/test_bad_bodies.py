@@ -313,6 +313,30 @@ def test_an_unknown_field_is_answered_with_those_there_are(
     assert problem["hint"].startswith(f"The fields here: {known}")
 
 
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": 50}]}}, "Give a fraction: 0.5 for 50 %."),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": 12.5}]}}, "Give a fraction: 0.125 for 12.5 %."),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": "50%"}]}}, "Give a number: 50 % is 0.5."),
+        ({"recipe": {"stages": [{**GPTQ, "damping": 5}]}}, "Give a fraction: 0.05 for 5 %."),
+        (
+            {"recipe": {"stages": [{"technique": "smoothquant", "smoothing_strength": 80}]}},
+            "Give a fraction: 0.8 for 80 %.",
+        ),
+        ({"constraints": {"min_accuracy": 90}}, "Give a fraction: 0.9 for 90 %."),
+        ({"recipe": {"stages": [{**MIXED, "average_bits": 50}]}}, None),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": 500}]}}, None),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": "half"}]}}, None),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": -1}]}}, None),
+    ],
+)
+def test_a_percentage_is_answered_with_its_fraction(
+    refused: Refused, changes: dict[str, Any], hint: str | None
+) -> None:
+    assert refused(422, **changes)["hint"] == hint
+
+
 def test_a_queue_of_another_form_is_answered_with_the_form(refused: Refused) -> None:
     problem = refused(422, queue="GPU")
     assert problem["param"] == "queue"
