@@ -112,6 +112,18 @@ def test_a_refused_recipe_names_its_field(attar: Attar, model_id: str) -> None:
     assert refused.stdout == ""
 
 
+def test_every_fault_of_a_recipe_is_told(attar: Attar, model_id: str) -> None:
+    text = "stage: [{technique: magnitude}]\nseed: -1"
+    refused = attar("submit", model_id, "-r", "-", stdin=text)
+    assert refused.returncode == 3
+    assert "recipe.stage)" in refused.stderr
+    assert "Is 'stages' meant?" in refused.stderr
+    assert "recipe.seed" in refused.stderr
+    problem = json.loads(attar("submit", model_id, "-r", "-", "--json", stdin=text).stderr)
+    assert problem["param"] == "recipe.stage"
+    assert {fault["param"] for fault in problem["errors"]} == {"recipe.stage", "recipe.seed", "recipe.stages"}
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

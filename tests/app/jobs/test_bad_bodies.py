@@ -310,7 +310,29 @@ def test_an_unknown_field_is_answered_with_those_there_are(
 ) -> None:
     problem = refused(422, **changes)
     assert problem["code"] == "unknown_field"
-    assert problem["hint"].startswith(f"The fields here: {known}")
+    assert f"The fields here: {known}" in problem["hint"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "nearest"),
+    [
+        ({"recipe": {"stage": [GPTQ]}}, "recipe.stage", "stages"),
+        ({"recipe": {"Stages": [GPTQ]}}, "recipe.Stages", "stages"),
+        ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "recipe.stages[0].sparsety", "sparsity"),
+        ({"constraints": {"max_size": 1}}, "constraints.max_size", "max_size_bytes"),
+    ],
+)
+def test_a_misspelt_field_is_named_before_the_one_that_is_missing(
+    refused: Refused, changes: dict[str, Any], param: str, nearest: str
+) -> None:
+    problem = refused(422, **changes)
+    assert (problem["code"], problem["param"]) == ("unknown_field", param)
+    assert problem["hint"].startswith(f"Is {nearest!r} meant?")
+
+
+def test_an_unknown_field_elsewhere_does_not_come_before_what_is_missing(refused: Refused) -> None:
+    problem = refused(422, recipe={}, queu="cpu")
+    assert [fault["param"] for fault in problem["errors"]] == ["recipe.stages", "queu"]
 
 
 @pytest.mark.parametrize(
