@@ -36,6 +36,7 @@ from workers.engine.text import (
     tokenize,
 )
 from workers.errors import UserError
+from workers.evaluation.speed import check_prompt
 from workers.fingerprint import change_of, fingerprint, made_under
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
 from workers.formats.parts import Parts
@@ -77,6 +78,8 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if architecture.task == "masked":
         check_masks(tokenizer)
+    elif architecture.task == "causal":
+        check_prompt(tokenizer, recipe.evaluation.prompt, checkpoint.max_positions)
     calibration = _calibration(work, recipe, tokenizer, skeleton, emit)
     probe = _probe(work, tokenizer, skeleton)
     journal = _journal(work, recipe, emit)

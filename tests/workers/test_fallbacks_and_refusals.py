@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from tests.models import write_tiny_llama
-from tests.workers.attempts import certified, compressed, fetched
+from tests.models import write_tiny_llama, write_tiny_model
+from tests.workers.attempts import TEXTS, certified, compressed, fetched
 from workers.certify import certify
 from workers.errors import UserError
 from workers.pipeline import compress
@@ -94,6 +95,33 @@ def test_constraints_are_held_against_what_was_measured(
     assert [each["name"] for each in attempt.outcome["constraints_violated"]] == violated
     statuses = {each["name"]: each["status"] for each in attempt.report["constraints"]}
     assert statuses.get("min_accuracy", "not_applicable") == "not_applicable"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # one computes its positions, one has stored them
+def test_a_prompt_beyond_the_models_positions_ends_the_job_before_it_computes(model_type: str, tmp_path: Path) -> None:
+    model = tmp_path / model_type
+    write_tiny_model(model, model_type, max_position_embeddings=128)
+    evaluation = {"dataset": {"texts": TEXTS}, "num_tokens": 512}
+    stages = [{"technique": "magnitude"}]
+    longest = _prompt_of(model, 128 - 31)
+    attempt = compressed(tmp_path / "fits", model, {"stages": stages, "evaluation": {**evaluation, "prompt": longest}})
+    certify(attempt.work, attempt.request, attempt.events.append)
+    longer = _prompt_of(model, 128 - 30)
+    attempt = fetched(tmp_path / "long", model, {"stages": stages, "evaluation": {**evaluation, "prompt": longer}})
+    with pytest.raises(UserError, match="98 tokens") as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert (caught.value.code, caught.value.param) == ("prompt_too_long", "recipe.evaluation.prompt")
+    assert caught.value.hint == "Shorten it to 97 tokens."
+    assert not (attempt.work / "journal").exists()
+
+
+def _prompt_of(model: Path, num_tokens: int) -> str:
+    """A prompt of so many tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "xyzq" * 4 * num_tokens
+    return next(
+        text[:end] for end in range(num_tokens, len(text)) if len(tokenizer(text[:end])["input_ids"]) == num_tokens
+    )
 
 
 @pytest.mark.parametrize(
