@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 from workers.architectures import architecture_of
 from workers.disk import write_json
+from workers.engine.change import check_changed
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device
 from workers.engine.journal import Journal
@@ -35,7 +36,6 @@ from workers.engine.text import (
     sequences,
     tokenize,
 )
-from workers.errors import UserError
 from workers.evaluation.speed import check_prompt
 from workers.fingerprint import change_of, fingerprint, made_under
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
@@ -202,7 +202,7 @@ def _export(
 ) -> None:
     """Write the artifact's weights, config, tokenizer and resolved recipe."""
     checkpoint = skeleton.checkpoint
-    _check_changed(recipe, streamed)
+    check_changed(recipe, streamed, checkpoint, parts)
     folder.mkdir()
     if recipe.stores_bitmasks:
         parts.assemble(folder, sparse_bitmask.STEM)
@@ -243,26 +243,6 @@ def _quantization_config(skeleton: Skeleton, recipe: Recipe, streamed: Streamed)
         quantizes_activations=recipe.quantizes_activations,
         unpacks_on_load=recipe.quantizes_embeddings,
     )
-
-
-def _check_changed(recipe: Recipe, streamed: Streamed) -> None:
-    """Raise UserError ``nothing_changed`` where a stage left every weight as it was."""
-    for index in range(len(recipe.stages)):
-        layers = streamed.metrics(index)
-        if not layers:
-            raise UserError(
-                "nothing_changed",
-                "Every linear layer is on the ignore list of this stage, so it changes nothing.",
-                param=f"recipe.stages[{index}].ignore",
-                hint="Shorten `ignore`, or leave the stage out.",
-            )
-        if recipe.stages[index].kind == "pruning" and not any(layer["num_pruned"] for layer in layers.values()):
-            raise UserError(
-                "nothing_changed",
-                "No weight became zero that was not zero before.",
-                param=f"recipe.stages[{index}]",
-                hint="Ask for more sparsity than the model already has.",
-            )
 
 
 def _stage_report(recipe: Recipe, index: int, streamed: Streamed, skeleton: Skeleton) -> dict[str, Any]:

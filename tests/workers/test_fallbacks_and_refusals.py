@@ -143,6 +143,28 @@ def test_a_stage_that_changes_nothing_ends_the_job(
     assert not attempt.artifact.exists()
 
 
+@pytest.mark.parametrize("group_size", [64, 32])
+def test_rounding_to_values_that_are_there_already_ends_the_job(
+    group_size: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rounding = {"technique": "round_to_nearest", "scheme": "NF4", "group_size": 64, "double_quant": False}
+    output = {"format": "safetensors"}
+    first = compressed(tmp_path / "first", tiny_llama, {"stages": [rounding], "output": output})
+    (tmp_path / "roots").mkdir()
+    first.artifact.rename(tmp_path / "roots" / "nf4")
+    recipe = {"stages": [{**rounding, "group_size": group_size}], "output": output}
+    attempt = fetched(tmp_path / "again", tmp_path / "roots" / "nf4", recipe)
+    if group_size == 32:  # half a block may have another largest value
+        compress(attempt.work, attempt.request, attempt.events.append)
+        return
+    with pytest.raises(UserError, match="had before") as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert (caught.value.code, caught.value.param) == ("nothing_changed", "recipe.stages[0]")
+    assert not attempt.artifact.exists()
+    # Codes are smaller than the values: that is a change.
+    compressed(tmp_path / "codes", tmp_path / "roots" / "nf4", {"stages": [rounding]})
+
+
 def test_pruning_what_is_pruned_already_ends_the_job(tiny_llama: Path, tmp_path: Path) -> None:
     pruning = {"technique": "magnitude", "mask_structure": "2:4"}
     first = certified(tmp_path / "first", tiny_llama, {"stages": [pruning]})
