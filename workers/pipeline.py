@@ -103,6 +103,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         {
             "stages": stages,
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
+            "num_timed_blocks": skeleton.num_blocks - journal.num_blocks,
             "num_calibration_tokens": sum(samples.numel() for samples in calibration),
             "fingerprint": journal.fingerprint,
             "made_under": made_under(
