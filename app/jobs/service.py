@@ -70,7 +70,8 @@ class JobService:
         )
         job = new_job(tenant_id, submission, facts, self._settings.queue)
         job_id, queue_name = job.id, job.queue
-        if queue.has_worker(queue_name) is False:
+        has_worker = queue.has_worker(queue_name)
+        if has_worker is False:
             job.warnings = [*job.warnings, _no_worker(queue_name)]
         try:
             with self._database.transaction() as session:
@@ -83,7 +84,8 @@ class JobService:
             assert winner is not None, "the key was bound by a transaction that has committed"
             return winner, True
         logger.info("queued", extra={"job_id": job_id, "tenant_id": tenant_id, "model": submission.model.id})
-        queue.wake(queue_name)
+        if has_worker is not None:  # a broker that hangs is waited for once; the dispatcher wakes later
+            queue.wake(queue_name)
         return shown, False
 
 
