@@ -6,6 +6,8 @@ A task acknowledges before it works, keeps no result, and claims its job from th
 from __future__ import annotations
 
 import logging
+import threading
+import time
 import uuid
 from typing import Any
 
@@ -18,6 +20,9 @@ from app.settings import Settings, get_settings
 logger = logging.getLogger(__name__)
 
 TASK_NAME = "attar.work"
+# How long a queue counts as served after a worker of it was heard, and how often workers are.
+_SEEN_SECONDS = 60
+_ANNOUNCE_SECONDS = 15
 
 # What a broker that is down, hangs or refuses raises.
 BROKER_ERRORS = (OperationalError, RedisError, OSError)
@@ -83,8 +88,39 @@ def num_waiting(queue: str) -> int:
         return int(connection.default_channel.client.llen(queue))
 
 
+def worker_key(queue: str) -> str:
+    """The key of Redis that is there while ``queue`` has a worker. No queue's own list is called so."""
+    return f"attar.worker.{queue}"
+
+
+def announce(queue: str) -> None:
+    """Say that a worker of ``queue`` lives. Raises one of BROKER_ERRORS."""
+    with celery.connection_for_write() as connection:
+        connection.default_channel.client.set(worker_key(queue), "", ex=_SEEN_SECONDS)
+
+
+def has_worker(queue: str) -> bool | None:
+    """Whether a worker of ``queue`` has announced itself within a minute; None when the broker is down."""
+    try:
+        with celery.connection_for_write() as connection:
+            return bool(connection.default_channel.client.exists(worker_key(queue)))
+    except BROKER_ERRORS as error:
+        logger.warning("cannot reach the broker to see whether queue %s has a worker: %s", queue, error)
+        return None
+
+
+def _keep_announcing(queue: str) -> None:
+    while True:
+        try:
+            announce(queue)
+        except BROKER_ERRORS as error:
+            logger.debug("cannot announce a worker of queue %s: %s", queue, error)
+        time.sleep(_ANNOUNCE_SECONDS)
+
+
 def run_worker(queue: str) -> None:
     """Be a worker of ``queue`` until SIGTERM. The work itself happens in other processes, so one thread is enough."""
+    threading.Thread(target=_keep_announcing, args=(queue,), name="announce", daemon=True).start()
     celery.worker_main(
         [
             "--quiet",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import Any, get_args
 
 from pydantic import BaseModel
@@ -23,9 +25,14 @@ _CODES = {
 _KNOWN = frozenset(get_args(ErrorType))
 # The kinds that say "this is another type", rather than "this value will not do".
 _TYPE_FAULTS = frozenset(kind for kind in _KNOWN if kind.endswith(("_type", "_parsing")))
-
+# The kinds with which a percentage is refused where a fraction is wanted.
+_FRACTION_FAULTS = frozenset({"less_than", "less_than_equal", "float_type"})
+_PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,9})?) ?%")
 
 MAX_ERRORS = 100
+_LONGEST_NAME = 50  # of a field; what is longer resembles none
+
+_Found = tuple[list[str | int], Mapping[str, Any]]  # the path of a value, and pydantic's error
 
 
 class Fault(BaseModel):
@@ -51,16 +58,24 @@ def faults_of(errors: Sequence[Mapping[str, Any]], body: object, schema: BodySch
         if error["type"] not in _TYPE_FAULTS or not any(_says_more(other, path) for other in found)
     ]
     faults: list[Fault] = []
-    for path, error in meant or found:
+    for path, error in _misspelt_first(meant or found):
         fault = _fault(path, error)
         if fault.code == "unknown_field" and (names := schema.fields(path[:-1], body)):
-            fault.hint = f"The fields here: {', '.join(names)}."
+            nearest = get_close_matches(str(path[-1])[:_LONGEST_NAME], names, n=1)
+            fault.hint = f"Is {nearest[0]!r} meant? " if nearest else ""
+            fault.hint += f"The fields here: {', '.join(names)}."
         if fault.param not in {other.param for other in faults}:
             faults.append(fault)
     return faults
 
 
-def _says_more(other: tuple[list[str | int], Mapping[str, Any]], path: list[str | int]) -> bool:
+def _misspelt_first(found: Sequence[_Found]) -> list[_Found]:
+    """Unknown fields of objects that lack one before all else: most likely that one is meant."""
+    lacking = {tuple(path[:-1]) for path, error in found if error["type"] == "missing"}
+    return sorted(found, key=lambda each: each[1]["type"] != "extra_forbidden" or tuple(each[0][:-1]) not in lacking)
+
+
+def _says_more(other: _Found, path: list[str | int]) -> bool:
     other_path, error = other
     is_part = len(other_path) > len(path) and other_path[: len(path)] == path
     return is_part or (other_path == path and error["type"] not in _TYPE_FAULTS)
@@ -87,10 +102,23 @@ def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
         detail = f"There is no field {path[-1]!r} here."
     elif kind == "string_pattern_mismatch":
         detail = f"{str(error['input'])[:100]!r} does not have the form {context['pattern']}."
+    elif kind in _FRACTION_FAULTS:
+        hint = _fraction_for(error["input"], context)
     elif kind == "missing":
         detail = f"The field {path[-1]!r} is missing." if path else "The request has no body."
     param = context.get("param") or _written(path) or None
     return Fault(code=_code(kind), detail=_sentence(detail), param=param, hint=hint)
+
+
+def _fraction_for(value: object, context: Mapping[str, Any]) -> str | None:
+    """The hint for a percentage where a number of at most 1 is wanted; None where ``value`` is none."""
+    if isinstance(value, str):
+        match = _PERCENTAGE.fullmatch(value)
+        return f"Give a number: {match[1]} % is {float(match[1]) / 100:g}." if match else None
+    is_percentage = context.get("lt") == 1 or context.get("le") == 1
+    if not is_percentage or not isinstance(value, int | float) or not 1 < value < 100:
+        return None
+    return f"Give a fraction: {value / 100:g} for {value:g} %."
 
 
 def _code(kind: str) -> str:

@@ -18,6 +18,7 @@ from app.database import Database
 from app.keys import service as keys
 from app.local import LocalServers, start_servers
 from app.main import create_app
+from app.queue import worker_key
 from app.settings import Settings
 from tests.models import write_tiny_llama
 
@@ -73,7 +74,10 @@ def database(settings: Settings) -> Iterator[Database]:
 
 @pytest.fixture(scope="module")
 def client(settings: Settings) -> Iterator[TestClient]:
-    """The running app, without a key."""
+    """The running app, without a key. It believes that the queues `cpu` and `gpu` have workers."""
+    with redis.Redis.from_url(settings.required_redis_url) as broker:
+        for queue in ("cpu", "gpu"):
+            broker.set(worker_key(queue), "")
     with TestClient(create_app(settings), raise_server_exceptions=False) as client:
         yield client
 

@@ -100,6 +100,7 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             },
             "timings": {
                 "compress_seconds": compressed["seconds"],
+                "num_timed_blocks": compressed["num_timed_blocks"],
                 "certify_seconds": round(time.perf_counter() - begin, 3),
             },
         },

@@ -18,11 +18,13 @@ from transformers import AutoTokenizer
 
 from workers.architectures import architecture_of
 from workers.disk import write_json
+from workers.engine.change import check_changed
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device, keep_freed_memory
 from workers.engine.journal import Journal
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
+from workers.engine.stored_size import StoredSize
 from workers.engine.stream import Stream
 from workers.engine.text import (
     DOCUMENT_SEPARATOR,
@@ -34,7 +36,7 @@ from workers.engine.text import (
     sequences,
     tokenize,
 )
-from workers.errors import UserError
+from workers.evaluation.speed import check_prompt
 from workers.fingerprint import change_of, fingerprint, made_under
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
 from workers.formats.parts import Parts
@@ -69,11 +71,16 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
     architecture = architecture_of(checkpoint.config)
     # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
     skeleton = Skeleton(checkpoint, architecture, compute_device())
+    limit = request.get("constraints", {}).get("max_size_bytes")
+    if limit is not None and not recipe.stores_bitmasks:  # how large a bitmask's values are is known at the end alone
+        StoredSize(skeleton, recipe).check(limit)
     _warn_of_ignored(recipe, skeleton, emit)
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if architecture.task == "masked":
         check_masks(tokenizer)
+    elif architecture.task == "causal":
+        check_prompt(tokenizer, recipe.evaluation.prompt, checkpoint.max_positions)
     calibration = _calibration(work, recipe, tokenizer, skeleton, emit)
     probe = _probe(work, tokenizer, skeleton)
     journal = _journal(work, recipe, emit)
@@ -97,6 +104,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit) -> None:
         {
             "stages": stages,
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
+            "num_timed_blocks": skeleton.num_blocks - journal.num_blocks,
             "num_calibration_tokens": sum(samples.numel() for samples in calibration),
             "fingerprint": journal.fingerprint,
             "made_under": made_under(
@@ -196,7 +204,7 @@ def _export(
 ) -> None:
     """Write the artifact's weights, config, tokenizer and resolved recipe."""
     checkpoint = skeleton.checkpoint
-    _check_changed(recipe, streamed)
+    check_changed(recipe, streamed, checkpoint, parts)
     folder.mkdir()
     if recipe.stores_bitmasks:
         parts.assemble(folder, sparse_bitmask.STEM)
@@ -214,14 +222,9 @@ def _export(
         for path in sorted(checkpoint.folder.glob(pattern)):
             shutil.copyfile(path, folder / path.name)
     source = json.loads((folder.parent / "source" / "model.json").read_text(encoding="utf-8"))
-    write_json(
-        folder / "recipe.json",
-        {
-            "model": {"id": request["model"]["id"], "revision": source["revision"]},
-            "recipe": recipe.model_dump(mode="json"),
-            "data": json.loads((folder.parent / "source" / "data.json").read_text(encoding="utf-8")),
-        },
-    )
+    # A body that can be posted again; which texts it was made with, the report says.
+    model = {"id": request["model"]["id"], "revision": source["revision"]}
+    write_json(folder / "recipe.json", {"model": model, "recipe": recipe.model_dump(mode="json")})
 
 
 def _quantization_config(skeleton: Skeleton, recipe: Recipe, streamed: Streamed) -> dict[str, Any]:
@@ -242,26 +245,6 @@ def _quantization_config(skeleton: Skeleton, recipe: Recipe, streamed: Streamed)
         quantizes_activations=recipe.quantizes_activations,
         unpacks_on_load=recipe.quantizes_embeddings,
     )
-
-
-def _check_changed(recipe: Recipe, streamed: Streamed) -> None:
-    """Raise UserError ``nothing_changed`` where a stage left every weight as it was."""
-    for index in range(len(recipe.stages)):
-        layers = streamed.metrics(index)
-        if not layers:
-            raise UserError(
-                "nothing_changed",
-                "Every linear layer is on the ignore list of this stage, so it changes nothing.",
-                param=f"recipe.stages[{index}].ignore",
-                hint="Shorten `ignore`, or leave the stage out.",
-            )
-        if recipe.stages[index].kind == "pruning" and not any(layer["num_pruned"] for layer in layers.values()):
-            raise UserError(
-                "nothing_changed",
-                "No weight became zero that was not zero before.",
-                param=f"recipe.stages[{index}]",
-                hint="Ask for more sparsity than the model already has.",
-            )
 
 
 def _stage_report(recipe: Recipe, index: int, streamed: Streamed, skeleton: Skeleton) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class ClaimedJob:
     recipe: dict[str, Any]
     constraints: dict[str, Any]
     timeout_seconds: int
+    warnings: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,7 @@ def claim_next(session: Session, queue: str, lease_seconds: float) -> ClaimedJob
             Job.recipe,
             Job.constraints,
             Job.timeout_seconds,
+            Job.warnings,
         )
         .execution_options(synchronize_session=False)
     ).one_or_none()

@@ -30,6 +30,7 @@ HeldStatus = Literal["running", "cancelling", "pausing"]
 Outcome = Literal["succeeded", "failed", "cancelled", "retried", "released", "lost"]
 
 MAX_RETRIES: Mapping[Blame, int] = {"infrastructure": 5, "crash": 2, "user": 0}
+NO_WORKER = "no_worker"  # the code of a warning that holds until a worker claims the job
 _MAX_BACKOFF_SECONDS = 60
 _REAP_BATCH = 100
 
@@ -69,7 +70,8 @@ def claim(session: Session, queue: str, worker: str, lease_seconds: float) -> Cl
         {"index": index, "technique": stage["technique"], "status": "pending", "metrics": {}}
         for index, stage in enumerate(job.recipe["stages"])
     ]
-    repository.update_held(session, job.job_id, job.fence, {"stages": stages})
+    warnings = [warning for warning in job.warnings if warning["code"] != NO_WORKER]
+    repository.update_held(session, job.job_id, job.fence, {"stages": stages, "warnings": warnings})
     repository.insert_attempt(session, job, worker)
     events.append(session, job.job_id, "job.running", {"attempt": job.attempt})
     return job

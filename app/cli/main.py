@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import typer
 
@@ -20,6 +22,7 @@ from app.client import (
 from app.settings import SettingInvalidError
 
 WRONG_USE, REFUSED, UNREACHABLE = 2, 3, 4
+_MOST_OTHERS = 4  # faults of one request that are written out beside the first
 
 application = typer.Typer(
     name="attar",
@@ -38,7 +41,8 @@ def main() -> None:
     try:
         application()
     except RefusedError as error:
-        tell(str(error), hint=error.hint, code=error.code, param=error.param)
+        others = (error.problem.get("errors") or [])[1:]
+        tell(str(error), hint=error.hint, code=error.code, param=error.param, others=others)
         sys.exit(REFUSED)
     except UnreachableError as error:
         tell(str(error), hint="is `attar serve` running? ATTAR_URL names another address", code="unreachable")
@@ -60,13 +64,26 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def tell(message: str, *, code: str, hint: str | None = None, param: str | None = None) -> None:
-    """Say on standard error what went wrong: for people, or as JSON where the command speaks JSON."""
+def tell(
+    message: str,
+    *,
+    code: str,
+    hint: str | None = None,
+    param: str | None = None,
+    others: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Say on standard error what went wrong: for people, or as JSON where the command speaks JSON.
+
+    ``others`` are what else is wrong with the same request, as the service tells it.
+    """
+    first = {"code": code, "detail": message, "param": param, "hint": hint}
     if "--json" in sys.argv[1:]:
-        problem = {"code": code, "detail": message, "param": param, "hint": hint}
+        problem = {**first, "errors": [first, *others]} if others else first
         sys.stderr.write(json.dumps(problem, ensure_ascii=False) + "\n")
         return
-    where = f" ({param})" if param and param not in message else ""
-    errors.print(f"attar: {message}{where}", style="red", markup=False, highlight=False, soft_wrap=True)
-    if hint:
-        errors.print(f"hint: {hint}", markup=False, highlight=False, soft_wrap=True)
+    for fault in (first, *others[:_MOST_OTHERS]):
+        detail, where = str(fault["detail"]), fault["param"]
+        named = f" ({where})" if where and where not in detail else ""
+        errors.print(f"attar: {detail}{named}", style="red", markup=False, highlight=False, soft_wrap=True)
+        if fault["hint"]:
+            errors.print(f"hint: {fault['hint']}", markup=False, highlight=False, soft_wrap=True)

@@ -15,7 +15,10 @@ _SUFFIXES = (".json", ".yaml", ".yml")
 
 
 def read_recipe(text: str) -> str | dict[str, Any]:
-    """The recipe object of a file (``-`` is standard input), or the preset's name as it is."""
+    """The recipe object of a file (``-`` is standard input), or the preset's name as it is.
+
+    Of an artifact's recipe.json, which is a whole submission, the recipe.
+    """
     if text == "-":
         return _parse(sys.stdin.read(), "standard input", is_json=False)
     path = Path(text)
@@ -48,4 +51,6 @@ def _parse(content: str, name: str, *, is_json: bool) -> dict[str, Any]:
             exit_code=2,
             hint='a recipe is an object such as {"stages": [{"technique": "gptq", "scheme": "W4A16"}]}',
         )
+    if recipe.keys() == {"model", "recipe"} and isinstance(recipe["recipe"], dict):
+        return dict(recipe["recipe"])
     return recipe

@@ -8,6 +8,7 @@ from app.artifacts import service as artifacts
 from app.database import Database
 from app.errors import of_job_error
 from app.jobs.schemas import JobSubmission
+from app.jobs.size_limits import check_budget, check_size
 from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
@@ -20,7 +21,7 @@ from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
 from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
-from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions
+from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.options import group_size_fits
 
 _OFFERED_SIZES = (32, 64, 96, 128, 192, 256)  # in hints
@@ -46,6 +47,7 @@ def check(
         check_group_size(submission.recipe, facts)
         check_embeddings(submission.recipe, facts)
         check_budget(submission.recipe, facts)
+        check_size(submission, facts)
         check_mask_structure(submission.recipe, facts)
         _check_datasets(submission.recipe, facts, settings)
     except JobError as error:
@@ -118,24 +120,6 @@ def check_embeddings(recipe: Recipe, facts: ModelFacts) -> None:
         param=f"recipe.stages[{len(recipe.stages) - 1}].group_size",
         hint=f"Sizes that fit: {_listed(fitting)}; or null for one scale a channel.",
     )
-
-
-def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
-    """Refuse a limit that the model's parameters exceed even at the fewest bits there are to choose from.
-
-    Raises UserError ``budget_too_small``.
-    """
-    for index, stage in enumerate(recipe.stages):
-        if not isinstance(stage, MixedPrecision) or stage.max_size_bytes is None:
-            continue
-        least = facts.num_parameters * stage.widths[0] // 8
-        if stage.max_size_bytes < least:
-            raise UserError(
-                "budget_too_small",
-                f"{facts.num_parameters:,} parameters at {stage.widths[0]} bits have {least:,} bytes.",
-                param=f"recipe.stages[{index}].max_size_bytes",
-                hint=f"Allow more than {least:,} bytes: scales, and all that is no linear layer, come on top.",
-            )
 
 
 def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:

@@ -70,6 +70,9 @@ class JobService:
         )
         job = new_job(tenant_id, submission, facts, self._settings.queue)
         job_id, queue_name = job.id, job.queue
+        has_worker = queue.has_worker(queue_name)
+        if has_worker is False:
+            job.warnings = [*job.warnings, _no_worker(queue_name)]
         try:
             with self._database.transaction() as session:
                 _store(session, job, idempotency)
@@ -81,7 +84,8 @@ class JobService:
             assert winner is not None, "the key was bound by a transaction that has committed"
             return winner, True
         logger.info("queued", extra={"job_id": job_id, "tenant_id": tenant_id, "model": submission.model.id})
-        queue.wake(queue_name)
+        if has_worker is not None:  # a broker that hangs is waited for once; the dispatcher wakes later
+            queue.wake(queue_name)
         return shown, False
 
 
@@ -149,6 +153,15 @@ def new_job(tenant_id: str, submission: JobSubmission, facts: ModelFacts, defaul
             for index, stage in enumerate(submission.recipe.stages)
         ],
     )
+
+
+def _no_worker(queue_name: str) -> dict[str, Any]:
+    """Until the job is claimed: whoever reads it wonders why it waits."""
+    message = (
+        f"No worker of the queue {queue_name!r} was heard of within the last minute: the job waits until one is there. "
+        f"`attar worker --queue {queue_name}` is one."
+    )
+    return {"code": attempts.NO_WORKER, "message": message, "param": "queue"}
 
 
 def _store(session: Session, job: Job, idempotency: Idempotency | None) -> None:

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
-from tests.models import write_tiny_llama
-from tests.workers.attempts import certified, compressed, fetched
+from tests.models import write_tiny_llama, write_tiny_model
+from tests.workers.attempts import TEXTS, certified, compressed, fetched
 from workers.certify import certify
 from workers.errors import UserError
 from workers.pipeline import compress
@@ -88,10 +89,39 @@ def test_what_makes_nothing_smaller_is_refused(tiny_llama: Path, tmp_path: Path)
 def test_constraints_are_held_against_what_was_measured(
     constraints: dict[str, float], violated: list[str], tiny_llama: Path, tmp_path: Path
 ) -> None:
-    attempt = certified(tmp_path / "work", tiny_llama, {"stages": [INT8]}, constraints=constraints)
+    # How large a bitmask's values are is known at the end alone; a limit that other formats cannot keep is refused.
+    recipe = {"stages": [{"technique": "magnitude"}], "output": {"format": "sparse-bitmask"}}
+    attempt = certified(tmp_path / "work", tiny_llama, recipe, constraints=constraints)
     assert [each["name"] for each in attempt.outcome["constraints_violated"]] == violated
     statuses = {each["name"]: each["status"] for each in attempt.report["constraints"]}
     assert statuses.get("min_accuracy", "not_applicable") == "not_applicable"
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2"])  # one computes its positions, one has stored them
+def test_a_prompt_beyond_the_models_positions_ends_the_job_before_it_computes(model_type: str, tmp_path: Path) -> None:
+    model = tmp_path / model_type
+    write_tiny_model(model, model_type, max_position_embeddings=128)
+    evaluation = {"dataset": {"texts": TEXTS}, "num_tokens": 512}
+    stages = [{"technique": "magnitude"}]
+    longest = _prompt_of(model, 128 - 31)
+    attempt = compressed(tmp_path / "fits", model, {"stages": stages, "evaluation": {**evaluation, "prompt": longest}})
+    certify(attempt.work, attempt.request, attempt.events.append)
+    longer = _prompt_of(model, 128 - 30)
+    attempt = fetched(tmp_path / "long", model, {"stages": stages, "evaluation": {**evaluation, "prompt": longer}})
+    with pytest.raises(UserError, match="98 tokens") as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert (caught.value.code, caught.value.param) == ("prompt_too_long", "recipe.evaluation.prompt")
+    assert caught.value.hint == "Shorten it to 97 tokens."
+    assert not (attempt.work / "journal").exists()
+
+
+def _prompt_of(model: Path, num_tokens: int) -> str:
+    """A prompt of so many tokens."""
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    text = "xyzq" * 4 * num_tokens
+    return next(
+        text[:end] for end in range(num_tokens, len(text)) if len(tokenizer(text[:end])["input_ids"]) == num_tokens
+    )
 
 
 @pytest.mark.parametrize(
@@ -111,6 +141,28 @@ def test_a_stage_that_changes_nothing_ends_the_job(
         compress(attempt.work, attempt.request, attempt.events.append)
     assert caught.value.code == "nothing_changed"
     assert not attempt.artifact.exists()
+
+
+@pytest.mark.parametrize("group_size", [64, 32])
+def test_rounding_to_values_that_are_there_already_ends_the_job(
+    group_size: int, tiny_llama: Path, tmp_path: Path
+) -> None:
+    rounding = {"technique": "round_to_nearest", "scheme": "NF4", "group_size": 64, "double_quant": False}
+    output = {"format": "safetensors"}
+    first = compressed(tmp_path / "first", tiny_llama, {"stages": [rounding], "output": output})
+    (tmp_path / "roots").mkdir()
+    first.artifact.rename(tmp_path / "roots" / "nf4")
+    recipe = {"stages": [{**rounding, "group_size": group_size}], "output": output}
+    attempt = fetched(tmp_path / "again", tmp_path / "roots" / "nf4", recipe)
+    if group_size == 32:  # half a block may have another largest value
+        compress(attempt.work, attempt.request, attempt.events.append)
+        return
+    with pytest.raises(UserError, match="had before") as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert (caught.value.code, caught.value.param) == ("nothing_changed", "recipe.stages[0]")
+    assert not attempt.artifact.exists()
+    # Codes are smaller than the values: that is a change.
+    compressed(tmp_path / "codes", tmp_path / "roots" / "nf4", {"stages": [rounding]})
 
 
 def test_pruning_what_is_pruned_already_ends_the_job(tiny_llama: Path, tmp_path: Path) -> None:

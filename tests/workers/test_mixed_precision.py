@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
+from workers.certify import certify
 from workers.engine.journal import Journal
 from workers.errors import UserError
 from workers.pipeline import compress
@@ -122,6 +123,8 @@ def test_a_killed_job_keeps_to_its_plan(llama: Path, tmp_path: Path, monkeypatch
     monkeypatch.setattr("workers.engine.stream.make_plan", None)  # made once
     compress(attempt.work, attempt.request, attempt.events.append)
     assert (attempt.artifact / "model.safetensors").read_bytes() == (whole.artifact / "model.safetensors").read_bytes()
+    certify(attempt.work, attempt.request, attempt.events.append)
+    assert attempt.report["timings"]["num_timed_blocks"] == 3  # of four
 
 
 ALLOCATED = {"technique": "sparsegpt", "sparsity": 0.3, "allocation": "error"}

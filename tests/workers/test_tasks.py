@@ -107,6 +107,13 @@ def test_a_worker_does_what_waits_and_is_woken_by_redis(quick: Settings, databas
         wait_for_status(database, late, "succeeded")
 
 
+def test_a_worker_says_that_its_queue_has_one(quick: Settings, tmp_path: Path) -> None:
+    assert queue.has_worker("announced") is False
+    with worker(quick, tmp_path / "worker.log", "announced"):
+        wait_until(lambda: queue.has_worker("announced"))
+    assert queue.has_worker("silent") is False
+
+
 def test_a_wake_up_without_a_job_does_nothing(quick: Settings, database: Database, tmp_path: Path) -> None:
     with worker(quick, tmp_path / "worker.log"):
         for _ in range(5):

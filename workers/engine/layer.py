@@ -38,20 +38,13 @@ class Layer:
     def grid(self, options: QuantizationOptions) -> Grid:
         """The codes that ``options`` ask for, with a group size that this layer can have."""
         in_features = self.weight.shape[1]
-        size = usable_group_size(in_features, options.group_size, options.facts.group_sizes)
-        if options.group_size is not None and size != options.group_size:
+        grid = grid_of(options, in_features, self.stored_dtype)
+        if options.group_size is not None and grid.group_size != options.group_size:
             self.fall_back(
-                "group_size", f"group size {size}: {options.group_size} does not divide its {in_features} columns"
+                "group_size",
+                f"group size {grid.group_size}: {options.group_size} does not divide its {in_features} columns",
             )
-        facts = options.facts
-        return Grid(
-            facts.num_bits,
-            size,
-            options.symmetric,
-            torch.float32 if facts.is_normal else self.stored_dtype,
-            facts.is_float,
-            facts.is_normal,
-        )
+        return grid
 
     def can_be_scaled(self, scale: Tensor) -> bool:
         """Whether every column times ``scale`` (float32, in_features) can be stored."""
@@ -92,3 +85,16 @@ class Layer:
             return self.stored_weight().to(torch.float32)
         weight = self.quantized.dequantize()
         return weight.to(self.quantized.grid.scale_dtype).to(torch.float32) if self.unpacks_narrowly else weight
+
+
+def grid_of(options: QuantizationOptions, in_features: int, stored_dtype: torch.dtype) -> Grid:
+    """The codes that a layer of ``in_features`` columns gets, whose weight is stored in ``stored_dtype``."""
+    facts = options.facts
+    return Grid(
+        facts.num_bits,
+        usable_group_size(in_features, options.group_size, facts.group_sizes),
+        options.symmetric,
+        torch.float32 if facts.is_normal else stored_dtype,
+        facts.is_float,
+        facts.is_normal,
+    )

@@ -9,20 +9,16 @@ from torch import Tensor
 from workers.engine.journal import Journal
 from workers.engine.sensitivity import Sensitivity, measure
 from workers.engine.skeleton import Skeleton
+from workers.engine.stored_size import StoredSize
 from workers.engine.survey import survey
 from workers.errors import UserError
-from workers.formats.compressed_tensors import stored_bytes
 from workers.recipe import Recipe
 from workers.solvers.allocation import ErrorCurve, allocate
 from workers.solvers.widths import Choices, choose
 from workers.techniques import MixedPrecision, PruningOptions
-from workers.techniques.options import usable_group_size
 
 # How far the sparsity of a layer may be from that of all: an error curve knows nothing of what later layers make of it.
 SPARSITY_BOUND = 0.1
-# A safetensors header says of each tensor its name, type, shape and place; long names have less than so many bytes.
-_HEADER_BYTES_A_TENSOR = 220
-_TENSORS_A_LAYER = 4  # codes, shape, scale and zero-point
 
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
@@ -44,7 +40,7 @@ def make_plan(
             curves = curves or survey(skeleton, calibration, journal.inner("survey"), progress)
             plan[index] = _sparsities(stage, curves)
         elif isinstance(stage, MixedPrecision):
-            budget = _Budget(skeleton, stage)
+            budget = _Budget(skeleton, recipe, stage)
             budget.check(f"recipe.stages[{index}].max_size_bytes")
             width = min(stage.widths, key=lambda width: abs(width - budget.average_bits))
             steps = journal.inner("sensitivity")
@@ -84,13 +80,15 @@ def _widths(stage: MixedPrecision, budget: _Budget, groups: Sequence[Sensitivity
 class _Budget:
     """What the layers that a stage takes may cost together: bytes on disk, or bits of codes."""
 
-    def __init__(self, skeleton: Skeleton, stage: MixedPrecision) -> None:
+    def __init__(self, skeleton: Skeleton, recipe: Recipe, stage: MixedPrecision) -> None:
         self._skeleton = skeleton
         self._stage = stage
+        self._size = StoredSize(skeleton, recipe)
         self._layers = [name for name in skeleton.block_layers if not stage.ignores(name)]
         self._num_weights = sum(map(skeleton.num_weights, self._layers))
         if stage.max_size_bytes is not None:
-            self.room = stage.max_size_bytes - self._rest_bytes()
+            self.room = stage.max_size_bytes - self._size.rest_bytes(self._layers)
+            self.room -= self._size.header_bytes(self._layers)
         else:
             assert stage.average_bits is not None
             self.room = int(stage.average_bits * self._num_weights)
@@ -103,14 +101,9 @@ class _Budget:
 
     def cost(self, layer: str, num_bits: int) -> int:
         """Of one layer at this width."""
-        skeleton, stage = self._skeleton, self._stage
-        if stage.max_size_bytes is None:
-            return num_bits * skeleton.num_weights(layer)
-        rows, columns = skeleton.linear_shape(layer)
-        size = usable_group_size(columns, stage.group_size)
-        scale_bytes = skeleton.checkpoint.stored_dtype(f"{layer}.weight").itemsize
-        tensors = stored_bytes(rows, columns, num_bits, size, scale_bytes, symmetric=stage.symmetric)
-        return tensors + _TENSORS_A_LAYER * _HEADER_BYTES_A_TENSOR
+        if self._stage.max_size_bytes is None:
+            return num_bits * self._skeleton.num_weights(layer)
+        return self._size.codes_bytes(layer, self._stage.at(num_bits))
 
     def check(self, param: str) -> None:
         """Raise UserError ``budget_too_small`` if the fewest bits do not fit: before anything is measured."""
@@ -124,16 +117,4 @@ class _Budget:
             f"With every layer at {self._stage.widths[0]} bits the result has about {needed:,} bytes.",
             param=param,
             hint=f"Allow at least {needed:,} bytes, or larger groups.",
-        )
-
-    def _rest_bytes(self) -> int:
-        """Of everything that the stage does not touch, each tied matrix once."""
-        skeleton, checkpoint = self._skeleton, self._skeleton.checkpoint
-        taken = {f"{layer}.weight" for layer in self._layers} | set(
-            skeleton.architecture.tied_parameters(checkpoint.config)
-        )
-        return sum(
-            skeleton.num_values(name) * checkpoint.stored_dtype(name).itemsize + _HEADER_BYTES_A_TENSOR
-            for name in checkpoint.parameters()
-            if name not in taken
         )

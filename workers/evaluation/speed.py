@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from workers.errors import CrashError, JobError, is_out_of_memory, model_unusable
+from workers.errors import CrashError, JobError, UserError, is_out_of_memory, model_unusable
+from workers.sources.tokenizer_file import tokenizer_failures
 
 NUM_NEW_TOKENS = 32
 NUM_ROUNDS = 3
@@ -73,6 +74,21 @@ def check_reads(model: Any, input_ids: torch.Tensor) -> None:
         if is_out_of_memory(error):
             raise
         raise model_unusable(error) from error
+
+
+def check_prompt(tokenizer: Any, prompt: str, max_positions: int) -> None:
+    """Raise UserError ``prompt_too_long`` where the model has no positions for ``prompt`` and what it will write."""
+    with tokenizer_failures("invalid_tokenizer", "The tokenizer failed on the prompt"):
+        num_tokens = len(tokenizer(prompt, verbose=False)["input_ids"])
+    longest = max_positions - NUM_NEW_TOKENS + 1  # what is written last is not read
+    if num_tokens > longest:
+        raise UserError(
+            "prompt_too_long",
+            f"The prompt has {num_tokens} tokens, {NUM_NEW_TOKENS} are written after it, and the model has "
+            f"{max_positions} positions.",
+            param="recipe.evaluation.prompt",
+            hint=f"Shorten it to {longest} tokens." if longest > 0 else "The model has too few positions to be timed.",
+        )
 
 
 def check_runs(model: Any, tokenizer: Any, prompt: str) -> None:

@@ -47,6 +47,15 @@ def encode(quantized: QuantizedWeight, stored_dtype: torch.dtype) -> dict[str, T
     return encoded
 
 
+def stored_bytes(rows: int, columns: int, grid: Grid, *, double_quant: bool) -> int:
+    """Bytes of the tensors that :func:`encode` gives for a weight of rows × columns, but for the JSON among them."""
+    num_scales = rows * (columns // grid.group_size)
+    scales = 4 * num_scales
+    if double_quant:
+        scales = num_scales + 4 * -(-num_scales // SCALES_PER_BLOCK) + dynamic8().nbytes
+    return rows * columns // 2 + NF4.nbytes + scales
+
+
 def decode(encoded: Mapping[str, Tensor], grid: Grid) -> Tensor:
     """The float32 weight that the tensors of :func:`encode` stand for."""
     state = json.loads(bytes(encoded[_STATE].tolist()))

@@ -45,11 +45,14 @@ def decode(encoded: Mapping[str, Tensor], grid: Grid, in_features: int, packing:
     return weight
 
 
-def stored_bytes(rows: int, columns: int, num_bits: int, group_size: int, scale_bytes: int, *, symmetric: bool) -> int:
-    """Bytes of the tensors that :func:`encode` gives for pack-quantized codes of 4 or 8 bits."""
-    words, num_scales = rows * -(-columns // (32 // num_bits)), rows * (columns // group_size)
-    shape = 2 * 8
-    return 4 * words + num_scales * (scale_bytes + (0 if symmetric else 1)) + shape
+def stored_bytes(rows: int, columns: int, grid: Grid, packing: Packing) -> int:
+    """Bytes of the tensors that :func:`encode` gives for a weight of rows × columns."""
+    num_scales = rows * (columns // grid.group_size)
+    scales = num_scales * (grid.scale_dtype.itemsize + (0 if grid.symmetric else 1))
+    if packing != "pack-quantized":
+        return rows * columns + scales
+    words, shape = rows * -(-columns // (32 // grid.num_bits)), 2 * 8
+    return 4 * words + scales + shape
 
 
 def quantization_config(

@@ -82,6 +82,10 @@ def test_every_command_speaks_json(attar: Attar, model_id: str) -> None:
         ("recipe.yaml", "stages:\n  - technique: magnitude\n    sparsity: 0.25\n"),
         ("recipe.json", '{"stages": [{"technique": "magnitude", "sparsity": 0.25}]}'),
         ("-", "stages: [{technique: magnitude, sparsity: 0.25}]"),
+        (
+            "artifact.json",
+            '{"model": {"id": "x"}, "recipe": {"stages": [{"technique": "magnitude", "sparsity": 0.25}]}}',
+        ),
     ],
 )
 def test_a_recipe_comes_from_yaml_json_or_standard_input(
@@ -106,6 +110,18 @@ def test_a_refused_recipe_names_its_field(attar: Attar, model_id: str) -> None:
     assert refused.returncode == 3
     assert "recipe.stages[0].sparsity" in refused.stderr
     assert refused.stdout == ""
+
+
+def test_every_fault_of_a_recipe_is_told(attar: Attar, model_id: str) -> None:
+    text = "stage: [{technique: magnitude}]\nseed: -1"
+    refused = attar("submit", model_id, "-r", "-", stdin=text)
+    assert refused.returncode == 3
+    assert "recipe.stage)" in refused.stderr
+    assert "Is 'stages' meant?" in refused.stderr
+    assert "recipe.seed" in refused.stderr
+    problem = json.loads(attar("submit", model_id, "-r", "-", "--json", stdin=text).stderr)
+    assert problem["param"] == "recipe.stage"
+    assert {fault["param"] for fault in problem["errors"]} == {"recipe.stage", "recipe.seed", "recipe.stages"}
 
 
 @pytest.mark.parametrize(

@@ -108,6 +108,15 @@ def test_a_wrong_stage_is_named(refused: Refused, stages: Any, code: str, param:
     assert (problem["code"], problem["param"]) == (code, param)
 
 
+@pytest.mark.parametrize("stage", [GPTQ, PRUNING, NF4, {**MIXED, "average_bits": 5.0}])
+def test_a_limit_that_no_result_of_the_recipe_keeps_is_refused(refused: Refused, stage: dict[str, Any]) -> None:
+    problem = refused(422, recipe={"stages": [stage]}, constraints={"max_size_bytes": 50_000})
+    assert (problem["code"], problem["param"]) == ("constraint_impossible", "constraints.max_size_bytes")
+    needed = int(problem["hint"].split()[3].replace(",", ""))
+    assert 50_000 < needed < 400_000
+    assert f"{needed:,} bytes" in problem["detail"]
+
+
 def test_a_limit_of_bytes_needs_packed_codes(refused: Refused) -> None:
     recipe = {"stages": [{**MIXED, "max_size_bytes": 10**9}], "output": {"format": "safetensors"}}
     problem = refused(422, recipe=recipe)
@@ -301,7 +310,53 @@ def test_an_unknown_field_is_answered_with_those_there_are(
 ) -> None:
     problem = refused(422, **changes)
     assert problem["code"] == "unknown_field"
-    assert problem["hint"].startswith(f"The fields here: {known}")
+    assert f"The fields here: {known}" in problem["hint"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "nearest"),
+    [
+        ({"recipe": {"stage": [GPTQ]}}, "recipe.stage", "stages"),
+        ({"recipe": {"Stages": [GPTQ]}}, "recipe.Stages", "stages"),
+        ({"recipe": {"stages": [{**PRUNING, "sparsety": 0.5}]}}, "recipe.stages[0].sparsety", "sparsity"),
+        ({"constraints": {"max_size": 1}}, "constraints.max_size", "max_size_bytes"),
+    ],
+)
+def test_a_misspelt_field_is_named_before_the_one_that_is_missing(
+    refused: Refused, changes: dict[str, Any], param: str, nearest: str
+) -> None:
+    problem = refused(422, **changes)
+    assert (problem["code"], problem["param"]) == ("unknown_field", param)
+    assert problem["hint"].startswith(f"Is {nearest!r} meant?")
+
+
+def test_an_unknown_field_elsewhere_does_not_come_before_what_is_missing(refused: Refused) -> None:
+    problem = refused(422, recipe={}, queu="cpu")
+    assert [fault["param"] for fault in problem["errors"]] == ["recipe.stages", "queu"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "hint"),
+    [
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": 50}]}}, "Give a fraction: 0.5 for 50 %."),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": 12.5}]}}, "Give a fraction: 0.125 for 12.5 %."),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": "50%"}]}}, "Give a number: 50 % is 0.5."),
+        ({"recipe": {"stages": [{**GPTQ, "damping": 5}]}}, "Give a fraction: 0.05 for 5 %."),
+        (
+            {"recipe": {"stages": [{"technique": "smoothquant", "smoothing_strength": 80}]}},
+            "Give a fraction: 0.8 for 80 %.",
+        ),
+        ({"constraints": {"min_accuracy": 90}}, "Give a fraction: 0.9 for 90 %."),
+        ({"recipe": {"stages": [{**MIXED, "average_bits": 50}]}}, None),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": 500}]}}, None),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": "half"}]}}, None),
+        ({"recipe": {"stages": [{**PRUNING, "sparsity": -1}]}}, None),
+    ],
+)
+def test_a_percentage_is_answered_with_its_fraction(
+    refused: Refused, changes: dict[str, Any], hint: str | None
+) -> None:
+    assert refused(422, **changes)["hint"] == hint
 
 
 def test_a_queue_of_another_form_is_answered_with_the_form(refused: Refused) -> None:

@@ -9,6 +9,8 @@ import redis
 from sqlalchemy import text
 from starlette.testclient import TestClient
 
+from app import queue
+from app.attempts import service as attempts
 from app.database import Database
 from app.settings import Settings
 
@@ -62,6 +64,23 @@ def test_a_worker_of_the_queue_is_woken_after_the_commit(
     submit(client, auth, model_id, queue="woken")
     with redis.Redis.from_url(settings.required_redis_url) as broker:
         assert broker.llen("woken") == 1
+
+
+def test_a_queue_without_a_worker_is_told_until_one_takes_the_job(
+    client: TestClient, auth: dict[str, str], model_id: str, database: Database
+) -> None:
+    assert submit(client, auth, model_id, queue="cpu")["warnings"] == []
+    job = submit(client, auth, model_id, queue="nobody")
+    assert [(warning["code"], warning["param"]) for warning in job["warnings"]] == [("no_worker", "queue")]
+    assert "'nobody'" in job["warnings"][0]["message"]
+    queue.announce("nobody")
+    assert submit(client, auth, model_id, queue="nobody")["warnings"] == []
+    assert client.get(f"/v1/jobs/{job['id']}", headers=auth).json()["warnings"] == job["warnings"]
+    with database.transaction() as session:
+        claim = attempts.claim(session, "nobody", "worker", 60)
+    assert claim is not None
+    assert claim.job_id == job["id"]
+    assert client.get(f"/v1/jobs/{job['id']}", headers=auth).json()["warnings"] == []
 
 
 def test_the_place_in_the_queue_counts_priority_first(client: TestClient, auth: dict[str, str], model_id: str) -> None:
