@@ -103,7 +103,11 @@ def input_quantizer(grid: Grid) -> Callable[[Tensor], Tensor]:
 
     ``grid`` is that of the layer's weight: activations are of the same 8-bit type.
     """
-    arguments = _activations(grid)
+    return quantizer_of(_activations(grid))
+
+
+def quantizer_of(arguments: QuantizationArgs) -> Callable[[Tensor], Tensor]:
+    """The same for a scheme's ``input_activations``."""
 
     def quantize(inputs: Tensor) -> Tensor:
         scale, zero_point = compute_dynamic_scales_and_zp(value=inputs, args=arguments, module=nn.Identity())
