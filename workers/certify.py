@@ -148,9 +148,9 @@ def _check_generation_settings(artifact: Readable, folder: Path, prompt: str, em
     if not path.exists():
         return
     try:
-        inputs = artifact.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(compute_device())
+        inputs = artifact.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
         with artifact.running() as model:
-            model.generate(**inputs, max_new_tokens=2)
+            model.generate(**inputs.to(model.device), max_new_tokens=2)
     except Exception as error:
         if is_out_of_memory(error):
             raise

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -76,23 +76,26 @@ class ByBlock:
     @contextmanager
     def running(self) -> Iterator[Any]:
         """The model as any caller has it: each pass reads its parts anew, which takes long."""
-        parts = [name for name in self._parts() if name != self.architecture.head]
-        handles = []
-        for name in parts:
-            handles += self._read_on_demand(name, partial(self._skeleton.load, name))
-        handles += self._read_on_demand(self.architecture.head, self._skeleton.load_head)
+        handles = [handle for name in self._parts() for handle in self._read_on_demand(name)]
+        model = self._skeleton.model
+        own, device = type(model), self._skeleton.device
+        # It would take that of its first parameter, which is nowhere until it is read.
+        model.__class__ = type(own.__name__, (own,), {"device": property(lambda _: device)})
         try:
-            yield self._skeleton.model
+            yield model
         finally:
+            model.__class__ = own
             for handle in handles:
                 handle.remove()
+            for name in self._parts():  # a pass that failed has left what it was in
+                self._skeleton.unload(name)
 
     def linear_weight(self, name: str) -> Tensor:
         """The weight of a layer, float32, out_features × in_features."""
         weight = self._checkpoint.parameter(f"{name}.weight")
         return weight.T if isinstance(self._skeleton.module(name), Conv1D) else weight
 
-    def _finish(self, passes: Iterable[ForwardPass]) -> Iterator[Tensor]:
+    def _finish(self, passes: Iterable[ForwardPass]) -> Generator[Tensor]:
         after_blocks = self._skeleton.present(self.architecture.after_blocks)
         with self._loaded([*after_blocks, self.architecture.head]):
             for each in passes:
@@ -102,10 +105,7 @@ class ByBlock:
     def _loaded(self, parts: Iterable[str]) -> Iterator[None]:
         skeleton, parts = self._skeleton, list(parts)
         for name in parts:
-            if name == self.architecture.head:
-                skeleton.load_head()
-            else:
-                skeleton.load(name)
+            self._load(name)
         try:
             yield
         finally:
@@ -113,13 +113,18 @@ class ByBlock:
                 skeleton.unload(name)
             release_memory()
 
-    def _read_on_demand(self, name: str, load: Callable[[], None]) -> list[Any]:
+    def _load(self, name: str) -> None:
+        if name == self.architecture.head:
+            self._skeleton.load_head()
+        else:
+            self._skeleton.load(name)
+
+    def _read_on_demand(self, name: str) -> tuple[RemovableHandle, RemovableHandle]:
         module = self._skeleton.module(name)
-
-        def unload(*_: Any) -> None:
-            self._skeleton.unload(name)
-
-        return [module.register_forward_pre_hook(lambda *_: load()), module.register_forward_hook(unload)]
+        return (
+            module.register_forward_pre_hook(lambda *_: self._load(name)),
+            module.register_forward_hook(lambda *_: self._skeleton.unload(name)),
+        )
 
     def _parts(self) -> list[str]:
         """Every module whose parameters are loaded together."""

@@ -77,7 +77,7 @@ class Checkpoint:
         else:
             tensor = self.stored(name)
         tensor = tensor.to(self._cast or torch.float32).to(torch.float32)
-        if not all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), _VALUES_AT_A_TIME)):
+        if not _is_finite(tensor):
             raise UserError(
                 "non_finite_weights",
                 f"The tensor {name} holds values that are not finite{'' if self._cast is None else ' after the cast'}.",
@@ -127,3 +127,10 @@ class Checkpoint:
 
     def _parameter_of(self, name: str) -> str:
         return name if self._coded is None else self._coded.parameter_of(name)
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether no value is NaN or infinite. Either makes a sum so, which takes a tenth of the time to find out."""
+    if bool(torch.isfinite(tensor.sum())):
+        return True
+    return all(bool(torch.isfinite(piece).all()) for piece in torch.split(tensor.flatten(), _VALUES_AT_A_TIME))

@@ -25,11 +25,12 @@ def logits_of_both(
         finished = 0
         for group in _runs(together, min((limit.num_logits for limit in limits), default=0)):
             # A model by block reads its head anew for each group, and gives it back: never are there two.
-            waiting = list(before(len(group)))[::-1]
-            for logits in after(len(group)):
-                yield waiting.pop(), logits
+            waiting, others = list(before(len(group)))[::-1], after(len(group))
+            while waiting:
                 finished += 1
                 progress_of[2](finished / len(together))
+                yield waiting.pop(), next(others)
+            others.close()
         done += share
 
 

@@ -105,11 +105,13 @@ def measure(
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
     read = logits_of_both(original, artifact, [window.ids.unsqueeze(0) for window in windows], progress)
-    for window, (before, after) in zip(windows, read, strict=True):
+    for window in windows:
+        before, after = next(read)
         num_rows = max(1, _VALUES_AT_A_TIME // before.shape[-1])
         for chunk in torch.split(torch.arange(window.positions.numel()), num_rows):
             positions, targets = (each[chunk].to(before.device) for each in (window.positions, window.targets))
             parts.append(_compare(before[0, positions].float(), after[0, positions].float(), targets))
+        del before, after  # they may be large, and are not to be there with the next ones
     measures = TokenMeasures(
         len(windows),
         max(window.ids.numel() for window in windows),

@@ -22,6 +22,7 @@ Way = Literal["whole", "by_block"]
 
 _EXPANDED = "expanded"
 _FLOAT32_BYTES = 4
+_WHOLE = 1.05  # of the bytes of its tensors, what a model takes that is opened whole
 # Of logits there are those of both models, and what a model makes of its own before it gives them.
 _COPIES_OF_LOGITS = 3
 # What a pass has in memory of each token inside a block, in hidden sizes: the states between layers and the wider ones.
@@ -76,12 +77,12 @@ def choose_ways(work: Path, recipe: Recipe, device: torch.device, limit_bytes: i
     if device.type != "cpu":
         # A model is opened on the host and goes to the accelerator from there.
         free = max(0, torch.cuda.mem_get_info(device)[0] - _SPARE_BYTES)
-        fits_host = max(original_bytes, artifact_bytes) <= host_bytes
-    both = original_bytes + artifact_bytes + window_bytes
+        fits_host = _WHOLE * max(original_bytes, artifact_bytes) <= host_bytes
+    both = int(_WHOLE * (original_bytes + artifact_bytes)) + window_bytes
     if both <= free and fits_host:
         return Ways("whole", "whole", both, free, 0)
-    alone = artifact_bytes + window_bytes + part_bytes
-    if alone <= free and artifact_bytes <= host_bytes:
+    alone = int(_WHOLE * artifact_bytes) + window_bytes + part_bytes
+    if alone <= free and _WHOLE * artifact_bytes <= host_bytes:
         return Ways("by_block", "whole", both, free, _waiting_bytes(free - alone))
     return Ways("by_block", "by_block", both, free, _waiting_bytes(free - window_bytes - part_bytes))
 

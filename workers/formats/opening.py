@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
@@ -23,7 +23,7 @@ from workers.formats import bitsandbytes
 from workers.formats.sparse_bitmask import loader_of
 
 # Gives the logits of the next so many batches.
-Logits = Callable[[int], Iterator[Tensor]]
+Logits = Callable[[int], Generator[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Opened:
     def read(self, batches: Sequence[Tensor], _progress: Callable[[float], None], /) -> Logits:
         """The logits of each batch are computed when they are asked for."""
         waiting = iter(batches)
-        return lambda count: map(self._logits, islice(waiting, count))
+        return lambda count: (self._logits(ids) for ids in islice(waiting, count))
 
     def running(self) -> AbstractContextManager[Any]:
         """The model."""
