@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
 from workers.architectures import architecture_of
@@ -78,6 +78,8 @@ class ByBlock:
         """The model as any caller has it: each pass reads its parts anew, which takes long."""
         handles = [handle for name in self._parts() for handle in self._read_on_demand(name)]
         model = self._skeleton.model
+        if (self._checkpoint.folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(self._checkpoint.folder, local_files_only=True)
         own, device = type(model), self._skeleton.device
         # It would take that of its first parameter, which is nowhere until it is read.
         model.__class__ = type(own.__name__, (own,), {"device": property(lambda _: device)})
