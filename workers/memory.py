@@ -10,7 +10,7 @@ import psutil
 
 # Of what a machine has left, what a job leaves to others, and to pages of the files that it reads.
 _MACHINE_SHARE = 0.9
-_GROUP = Path("/sys/fs/cgroup")
+_GROUPS = Path("/sys/fs/cgroup")
 
 
 def held_bytes(pid: int) -> int:
@@ -34,12 +34,17 @@ def free_bytes(limit_bytes: int | None) -> int:
 
 
 def _group_free_bytes() -> float:
-    """What the control group that this process runs in, as containers are, has left; infinity without a limit."""
-    free = float("inf")
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    """What the control group that this process runs in, as containers are, has left; infinity without a limit.
+
+    Pages of files count as used there, and are given up for anything else.
+    """
+    for folder, limit, used in (
+        (_GROUPS, "memory.max", "memory.current"),
+        (_GROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         with suppress(OSError, ValueError):  # another version of control groups, or `max`
-            free = min(free, int((_GROUP / limit).read_text()) - int((_GROUP / used).read_text()))
-    return free
+            limit_bytes, used_bytes = (int((folder / name).read_text(encoding="ascii")) for name in (limit, used))
+            lines = (line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
+            files = sum(int(size) for name, size in lines if name in ("active_file", "inactive_file"))
+            return max(0, limit_bytes - used_bytes + files)
+    return float("inf")

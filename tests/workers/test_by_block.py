@@ -134,6 +134,9 @@ def test_missing_and_unknown_tensors_are_refused(recipe: dict[str, Any], tmp_pat
     assert refusal(attempt).code == "artifact_incomplete"
     change_weights(attempt, lambda _: {**kept, "model.layers.9.mlp.up_proj.bias": torch.zeros(4)})
     assert refusal(attempt).code == "artifact_incomplete"
+    one = next(name for name in sorted(kept) if ".q_proj." in name)
+    change_weights(attempt, lambda _: {name: tensor for name, tensor in kept.items() if name != one})
+    assert refusal(attempt).code in ("artifact_incomplete", "artifact_mismatch")
     change_weights(attempt, lambda _: kept)
     certify(attempt.work, attempt.request, attempt.events.append, NO_MEMORY)
 

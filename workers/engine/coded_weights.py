@@ -108,7 +108,7 @@ class _CompressedTensors:
 
 
 class _NormalFloats:
-    """bitsandbytes' 4-bit form of one of our artifacts: fetch refuses it of others."""
+    """bitsandbytes' 4-bit form of one of our artifacts, decoded by it: fetch refuses that of others."""
 
     mark = "weight.quant_state.bitsandbytes__nf4"
 
@@ -124,14 +124,14 @@ class _NormalFloats:
         return dtype
 
     def decode(self, _module: str, stored: dict[str, Tensor], /) -> Tensor:
-        from workers.formats.bitsandbytes import decode
-        from workers.solvers.quantization import Grid
+        from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = json.loads(bytes(stored[self.mark].tolist()))
-        weight = decode(stored, Grid(4, state["blocksize"], symmetric=True, is_normal=True))
-        return (
-            weight.T.contiguous() if self._is_transposed else weight
-        )  # codes are always of out_features × in_features
+        codes = stored.pop("weight")
+        state = QuantState.from_dict(stored, codes.device)
+        state.dtype = torch.float32
+        weight: Tensor = dequantize_4bit(codes, state)
+        # Codes are always of out_features × in_features.
+        return weight.T.contiguous() if self._is_transposed else weight
 
     def input_quantizer(self, _module: str, /) -> None:
         return None

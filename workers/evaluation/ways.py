@@ -28,8 +28,9 @@ _COPIES_OF_LOGITS = 3
 # What a pass has in memory of each token inside a block, in hidden sizes: the states between layers and the wider ones.
 _STATES_A_TOKEN = 24
 _TOKENS_OF_SEQUENCES = 4096  # of an encoder's texts, which are read some at a time
-# What allocators keep, the tokenizer, pieces of logits that are compared: all that is small beside a large model.
-_SPARE_BYTES = 96 << 20
+# Of what is free as certification begins: model code still to be imported, tokenizers, pieces of logits that are
+# compared, what allocators keep.
+_SPARE_BYTES = 192 << 20
 _MOST_WAITING_BYTES = 1 << 30
 
 
