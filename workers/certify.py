@@ -14,13 +14,14 @@ from safetensors.torch import load_file
 
 from workers.disk import write_json
 from workers.engine.device import compute_device, peak_device_memory_bytes
-from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
+from workers.errors import CrashError, UserError, is_out_of_memory
 from workers.evaluation.held_out import HeldOut
 from workers.evaluation.size import Packed, layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_reads, check_runs, measure_reading, measure_speed
+from workers.evaluation.ways import choose_ways, open_artifact, open_original, remove_expanded
 from workers.fingerprint import environment_of
 from workers.formats import load_sparse
-from workers.formats.opening import Opened, open_archive, open_checkpoint
+from workers.formats.opening import Opened, Readable
 from workers.formats.snippets import load_snippet
 from workers.model_card import model_card
 from workers.recipe import Recipe
@@ -36,10 +37,11 @@ LOGIT_TOLERANCE = 1e-3
 NEARLY_EQUAL = 0.98
 
 
-def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
+def certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes: int | None = None) -> dict[str, Any]:
     """Prove and measure ``{work}/artifact``; write its ``report.json`` and ``README.md``.
 
-    Returns ``result`` (what a job shows) and ``constraints_violated``.
+    Under ``memory_limit_bytes``, or what the machine has, a model that is too large is read block by block. Returns
+    ``result`` (what a job shows) and ``constraints_violated``.
 
     Raises:
         CrashError: ``artifact_mismatch``, ``artifact_incomplete``, ``zeros_missing``, ``not_on_grid`` or
@@ -56,38 +58,41 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
     source = json.loads((work / "source" / "model.json").read_text(encoding="utf-8"))
     compressed = json.loads((work / "compressed.json").read_text(encoding="utf-8"))
     progress("certify.open_original", 0.0)
-    original = _open_original(work / "source" / "model", device)
+    ways = choose_ways(work, recipe, device, memory_limit_bytes)
+    if warning := ways.warning():
+        emit(warning)
+    original = open_original(work, ways, device)
     check_unchanged(work / "source")
     task = original.architecture.task
     held_out = _held_out(work, recipe, original, emit)
-    if task == "causal":
-        check_runs(original.model, original.tokenizer, recipe.evaluation.prompt)
-    else:
-        check_reads(original.model, held_out.longest)
+    if isinstance(original, Opened):  # by block it takes long, and reading the text finds out
+        _check_usable(original, held_out, recipe)
     progress("certify.open", 0.05)
-    artifact = (open_archive if recipe.stores_bitmasks else open_checkpoint)(work / "artifact", device)
+    artifact = open_artifact(work, ways, recipe, device)
     _check_logits(artifact, work / "probe.safetensors")
     if task == "causal":
         _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
     size = _check_size(work / "artifact", source, recipe)
     _warn_of_size(size, emit)
-    stages = _prove_stages(artifact.model, recipe, compressed["stages"])
+    stages = _prove_stages(artifact, recipe, compressed["stages"])
     quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)))
     progress("certify.speed", 0.85)
-    opened = {"original": original, "artifact": artifact}
-    models = {name: each.model for name, each in opened.items()}
+    opened: dict[str, Readable] = {"original": original, "artifact": artifact}
+    models = {name: each.model for name, each in opened.items() if isinstance(each, Opened)}
     generation: dict[str, Any] | None = None
-    if task == "causal":
-        speeds, texts = measure_speed(models, artifact.tokenizer, recipe.evaluation.prompt)
-        generation = {"prompt": recipe.evaluation.prompt, **texts}
-    else:
+    if task != "causal":
         speeds = measure_reading(models, held_out.longest)
+    else:
+        speeds, texts = measure_speed(models, artifact.tokenizer, recipe.evaluation.prompt)
+        if texts:
+            generation = {"prompt": recipe.evaluation.prompt, **{name: texts.get(name) for name in opened}}
     report = report_of(
         request,
         source["revision"],
         load_snippet(recipe.output.format or "safetensors", task),
         task,
         {
+            "opened": ways.to_report(),
             "size": size,
             "quality": quality,
             "speed": speed_part(opened, speeds),
@@ -105,17 +110,29 @@ def certify(work: Path, request: dict[str, Any], emit: Emit) -> dict[str, Any]:
             },
         },
     )
+    remove_expanded(work)
     write_json(work / "artifact" / "report.json", report)
     (work / "artifact" / "README.md").write_text(model_card(report, request["recipe"]), encoding="utf-8")
     return outcome_of(report)
 
 
+def _check_usable(original: Opened, held_out: HeldOut, recipe: Recipe) -> None:
+    """Raise UserError ``model_unusable`` for an original that fails at what is measured later."""
+    if original.architecture.task == "causal":
+        check_runs(original.model, original.tokenizer, recipe.evaluation.prompt)
+    else:
+        check_reads(original.model, held_out.longest)
+
+
 @torch.inference_mode()
-def _check_logits(artifact: Opened, probe: Path) -> None:
+def _check_logits(artifact: Readable, probe: Path) -> None:
     """The reopened artifact gives the logits that the engine computed with the compressed weights."""
     expected = load_file(probe)
-    ids = expected["input_ids"].to(artifact.model.device)
-    logits = artifact.model(input_ids=ids, **artifact.architecture.call_options).logits.float().cpu()
+    try:
+        (logits,) = artifact.read([expected["input_ids"]], lambda _: None)(1)
+    except UserError as error:  # the artifact is ours
+        raise CrashError("artifact_mismatch", f"The artifact cannot be read: {error.message}") from error
+    logits = logits.float().cpu()
     difference = float((logits - expected["logits"]).abs().max())
     allowed = LOGIT_TOLERANCE * float(expected["logits"].abs().max())
     if not difference <= allowed:  # also where either is NaN
@@ -126,14 +143,15 @@ def _check_logits(artifact: Opened, probe: Path) -> None:
         )
 
 
-def _check_generation_settings(artifact: Opened, folder: Path, prompt: str, emit: Emit) -> None:
+def _check_generation_settings(artifact: Readable, folder: Path, prompt: str, emit: Emit) -> None:
     """Leave out a generation_config.json that `model.generate` stumbles over: the model card's lines have to run."""
     path = folder / "generation_config.json"
     if not path.exists():
         return
     try:
         inputs = artifact.tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-        artifact.model.generate(**inputs.to(artifact.model.device), max_new_tokens=2)
+        with artifact.running() as model:
+            model.generate(**inputs.to(model.device), max_new_tokens=2)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -200,16 +218,7 @@ def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
         emit({**warning, "code": "larger_than_original", "message": message})
 
 
-def _open_original(folder: Path, device: torch.device) -> Opened:
-    try:
-        return open_checkpoint(folder, device)
-    except Exception as error:
-        if isinstance(error, UserError) or is_out_of_memory(error):
-            raise
-        raise model_unusable(error) from error
-
-
-def _prove_stages(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
     for stage, report in zip(recipe.stages, stages, strict=True):
         if isinstance(stage, PruningOptions):
@@ -219,7 +228,7 @@ def _prove_stages(model: Any, recipe: Recipe, stages: list[dict[str, Any]]) -> l
     return stages
 
 
-def _prove_zeros(model: Any, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _prove_zeros(model: Readable, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Each layer has the zeros that it was to get, and all together what the recipe asks for."""
     assert stage.sparsity is not None
     found = measure_sparsity(model, {name: layer["sparsity"] for name, layer in layers.items()}, stage.pattern)
@@ -234,7 +243,7 @@ def _prove_zeros(model: Any, stage: PruningOptions, layers: dict[str, dict[str, 
     return {"sparsity": found.fraction, "num_zeros": found.num_zeros}
 
 
-def _prove_grid(model: Any, stage: QuantizationOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _prove_grid(model: Readable, stage: QuantizationOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Values that no codes are stored for have to be as few as codes would be."""
     packed = {
         name: Packed(layer["num_bits"], layer["group_size"], stage.scale_bits(layer["num_bits"]))
@@ -248,7 +257,7 @@ def _prove_grid(model: Any, stage: QuantizationOptions, layers: dict[str, dict[s
     return {"theoretical_packed_bytes": packed_bytes(model, packed)}
 
 
-def _held_out(work: Path, recipe: Recipe, original: Opened, emit: Emit) -> HeldOut:
+def _held_out(work: Path, recipe: Recipe, original: Readable, emit: Emit) -> HeldOut:
     wanted = recipe.evaluation
     held_out = HeldOut(work / "source" / "evaluation.jsonl", wanted, original)
     if held_out.num_tokens < wanted.num_tokens:

@@ -26,7 +26,7 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
             if quality[name] is not None
         ),
         *(
-            (label, f"{speed['original'][key]:.3g}", f"{speed['artifact'][key]:.3g}")
+            (label, _speed(speed["original"][key]), _speed(speed["artifact"][key]))
             for label, key in _SPEED_ROWS
             if speed["artifact"][key] is not None
         ),
@@ -47,7 +47,7 @@ Made with {techniques} from `{report["model"]["id"]}` at revision `{report["mode
 
 {_comparison(report["task"], quality)}
 Measured in float32 on {_text(report["task"], quality)} of `{_dataset(recipe)}`, ± one standard error.
-Speeds are of the worker that made this model.
+{_opening(report["opened"])}
 Layers that got something else than what was asked for: {fallbacks}; `report.json` names them.
 {_reproducibility(report["environment"])}
 
@@ -76,6 +76,20 @@ def _text(task: str, quality: dict[str, Any]) -> str:
     if task == "classification":
         return f"{quality['num_windows']:,} held-out texts"
     return f"{quality['num_tokens']:,} held-out tokens" + (", masked," if task == "masked" else "")
+
+
+def _opening(opened: dict[str, str]) -> str:
+    """What is to be said of the speeds, and of what was not measured."""
+    if opened["artifact"] == "by_block":
+        return "Both models were read block by block, for want of memory: their speed is not measured."
+    speeds = "Speeds are of the worker that made this model."
+    if opened["original"] == "by_block":
+        return f"{speeds} That of the original is not measured: it was read block by block, for want of memory."
+    return speeds
+
+
+def _speed(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.3g}"
 
 
 def _change(size: dict[str, Any]) -> str:

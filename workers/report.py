@@ -8,7 +8,7 @@ from typing import Any
 
 from workers.architectures import Task
 from workers.evaluation.speed import Speed
-from workers.formats.opening import Opened
+from workers.formats.opening import Readable
 
 REPORT_VERSION = 1
 # What is estimated, each with its standard error; null where a task or its data has no such thing.
@@ -19,13 +19,13 @@ _ESTIMATES = (
 )  # fmt: skip
 
 
-def speed_part(opened: Mapping[str, Opened], speeds: Mapping[str, Speed]) -> dict[str, Any]:
-    """The ``speed`` part: how long each model took to open, to begin and to write."""
+def speed_part(opened: Mapping[str, Readable], speeds: Mapping[str, Speed]) -> dict[str, Any]:
+    """The ``speed`` part: how long each model took to open, to begin and to write; null where it was not measured."""
     return {
         name: {
             "load_seconds": model.load_seconds,
-            "first_token_seconds": speeds[name].first_token_seconds,
-            "tokens_per_second": speeds[name].tokens_per_second,
+            "first_token_seconds": speeds[name].first_token_seconds if name in speeds else None,
+            "tokens_per_second": speeds[name].tokens_per_second if name in speeds else None,
         }
         for name, model in opened.items()
     }

@@ -15,7 +15,7 @@ import resource
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ def main() -> None:
     _log_to(work / "logs" / f"{order['phase']}.log")
     emit = _Events(options.events_fd)
     try:
-        done = _run(order["phase"], work, order.get("num_threads"), emit)
+        done = _run(order, work, emit)
     except BaseException as error:  # a panic of compiled code is no Exception; the supervisor has to hear of all
         logger.exception("phase=%s failed", order["phase"])
         emit({"event": "error", **_as_job_error(error).to_dict()})
@@ -54,7 +54,8 @@ def main() -> None:
     emit({"event": "done", "peak_memory_bytes": _peak_memory_bytes(), **done})
 
 
-def _run(phase: str, work: Path, num_threads: int | None, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def _run(order: Mapping[str, Any], work: Path, emit: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    phase = order["phase"]
     request = json.loads((work / "request.json").read_text(encoding="utf-8"))
     if phase == "fetch":
         from workers.fetch import fetch
@@ -63,7 +64,7 @@ def _run(phase: str, work: Path, num_threads: int | None, emit: Callable[[dict[s
         return {}
     import torch
 
-    if num_threads:
+    if num_threads := order.get("num_threads"):
         torch.set_num_threads(num_threads)
     if phase == "compress":
         from workers.pipeline import compress
@@ -73,7 +74,7 @@ def _run(phase: str, work: Path, num_threads: int | None, emit: Callable[[dict[s
     if phase == "certify":
         from workers.certify import certify
 
-        return certify(work, request, emit)
+        return certify(work, request, emit, order.get("memory_limit_bytes"))
     raise ValueError(f"unknown phase {phase!r}")
 
 

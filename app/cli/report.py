@@ -23,6 +23,7 @@ def print_report(console: Console, report: Mapping[str, Any]) -> None:
     _print_fallbacks(console, report.get("stages") or [])
     if (report.get("environment") or {}).get("reproducible") is False:
         console.print("not reproducible: the job went on under other conditions; report.json names them")
+    _print_opening(console, report.get("opened") or {})
     generation = report.get("generation")
     if generation:
         _print_generation(console, generation)
@@ -114,8 +115,19 @@ def _print_fallbacks(console: Console, stages: list[Mapping[str, Any]]) -> None:
 
 
 def _print_generation(console: Console, generation: Mapping[str, Any]) -> None:
-    console.print(f"\nBoth continue: {plain(generation['prompt'])}", style="bold", soft_wrap=True)
-    table = Table("original", "result", width=min(console.width, 110))
-    table.columns[0].ratio = table.columns[1].ratio = 1
-    table.add_row(plain(generation["original"]), plain(generation["artifact"]))
+    names = {"original": "original", "artifact": "result"}
+    written = {name: generation[key] for key, name in names.items() if generation[key] is not None}
+    who = "Both continue" if len(written) == len(names) else f"The {next(iter(written))} continues"
+    console.print(f"\n{who}: {plain(generation['prompt'])}", style="bold", soft_wrap=True)
+    table = Table(*written, width=min(console.width, 110))
+    for column in table.columns:
+        column.ratio = 1
+    table.add_row(*map(plain, written.values()))
     console.print(table)
+
+
+def _print_opening(console: Console, opened: Mapping[str, Any]) -> None:
+    if opened.get("artifact") == "by_block":
+        console.print("read block by block, for want of memory: speed is not measured")
+    elif opened.get("original") == "by_block":
+        console.print("the original was read block by block, for want of memory: its speed is not measured")

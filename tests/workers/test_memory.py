@@ -6,6 +6,8 @@ import json
 import os
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -18,7 +20,7 @@ from app.database import Database
 from app.settings import Settings
 from tests.jobs import abandon_jobs, insert_job
 from tests.models import write_tokenizer
-from tests.workers.attempts import TEXTS, fetched
+from tests.workers.attempts import TEXTS, Attempt, fetched
 from tests.workers.supervisor.running import claim
 from workers.supervisor.lease import Lease
 from workers.supervisor.phases import Watch, run_phase
@@ -87,32 +89,63 @@ class Sampled:
             time.sleep(0.02)
 
 
-def test_a_checkpoint_larger_than_the_limit_is_compressed_under_it(
-    settings: Settings, database: Database, tmp_path: Path
-) -> None:
-    assert write_large_llama(tmp_path / "roots" / "large") > 1.15 * LIMIT_BYTES
-    calibration = {"dataset": {"texts": TEXTS[:150]}, "num_samples": 4, "max_seq_length": 64}
-    stages = [{"technique": "smoothquant"}]
-    attempt = fetched(tmp_path / "work", tmp_path / "roots" / "large", {"stages": stages, "calibration": calibration})
-    (attempt.work / "request.json").write_text(json.dumps(attempt.request))
-    (attempt.work / "logs").mkdir()
+@contextmanager
+def worker(settings: Settings, database: Database, limit_bytes: int) -> Iterator[Callable[[Attempt, str], int]]:
+    """What runs a phase under the limit, in a process of its own, and gives the most memory that it held."""
+    limited = settings.model_copy(update={"memory_limit_bytes": limit_bytes})
     abandon_jobs(database)
     insert_job(database)
-    limited = settings.model_copy(update={"memory_limit_bytes": LIMIT_BYTES})
-    log = attempt.work / "logs" / "compress.log"
     spawner = Spawner()
     with Lease(limited, database, claim(database, limited)) as lease:
-        process = JobProcess(
-            spawner, "workers.runner", environment=scrubbed_environment(os.environ, network=False), log=log
-        )
-        with Sampled(process) as sampled:
-            run_phase(
-                process,
-                {"phase": "compress", "work": str(attempt.work), "num_threads": None},
-                log=log,
-                watch=Watch(limited, lease, threading.Event(), 600),
-                hear=lambda _: None,
-            )
+
+        def run(attempt: Attempt, phase: str) -> int:
+            (attempt.work / "request.json").write_text(json.dumps(attempt.request))
+            (attempt.work / "logs").mkdir(exist_ok=True)
+            log = attempt.work / "logs" / f"{phase}.log"
+            environment = scrubbed_environment(os.environ, network=False)
+            process = JobProcess(spawner, "workers.runner", environment=environment, log=log)
+            with Sampled(process) as sampled:
+                run_phase(
+                    process,
+                    {
+                        "phase": phase,
+                        "work": str(attempt.work),
+                        "num_threads": None,
+                        "memory_limit_bytes": limit_bytes,
+                    },
+                    log=log,
+                    watch=Watch(limited, lease, threading.Event(), 600),
+                    hear=lambda message: attempt.events.append(message.model_dump()),
+                )
+            return sampled.peak_bytes
+
+        yield run
     spawner.close()
-    assert (attempt.artifact / "model.safetensors").stat().st_size > 0
-    assert 0 < sampled.peak_bytes < LIMIT_BYTES
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("roots") / "large"
+    assert write_large_llama(folder) > 1.15 * LIMIT_BYTES
+    return folder
+
+
+def test_a_job_on_a_checkpoint_larger_than_the_limit_keeps_to_it(
+    large: Path, settings: Settings, database: Database, tmp_path: Path
+) -> None:
+    recipe = {
+        "stages": [{"technique": "smoothquant"}],
+        "calibration": {"dataset": {"texts": TEXTS[:150]}, "num_samples": 4, "max_seq_length": 64},
+        "evaluation": {"dataset": {"texts": TEXTS[150:]}, "num_tokens": 128, "max_seq_length": 64},
+    }
+    attempt = fetched(tmp_path / "work", large, recipe)
+    with worker(settings, database, LIMIT_BYTES) as run:
+        assert 0 < run(attempt, "compress") < LIMIT_BYTES
+        assert 0 < run(attempt, "certify") < LIMIT_BYTES
+    report = attempt.report
+    assert report["opened"] == {"original": "by_block", "artifact": "by_block"}
+    assert "certified_by_block" in [event.get("code") for event in attempt.events]
+    assert report["quality"]["perplexity"] > 1
+    assert report["size"]["compression_ratio"] > 1.9
+    assert set(report["speed"]["artifact"].values()) == {None}
+    assert report["generation"] is None

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from workers.engine.text import of_one_length
+from workers.evaluation.both import logits_of_both
 from workers.evaluation.divergence import kl_divergence
 from workers.evaluation.estimates import Estimate, independent_mean
 from workers.evaluation.quality import check_finite
+from workers.formats.opening import Readable
 
 _TOKENS_AT_A_TIME = 4096
 
@@ -85,8 +87,8 @@ def macro_f1(labels: Tensor, predicted: Tensor) -> tuple[float, Tensor]:
 
 @torch.inference_mode()
 def measure_classes(
-    original: Any,
-    artifact: Any,
+    original: Readable,
+    artifact: Readable,
     sequences: Sequence[Tensor],
     labels: Sequence[int] | None,
     progress: Callable[[float], None],
@@ -96,14 +98,13 @@ def measure_classes(
     Raises:
         UserError: ``non_finite_evaluation`` where a model gives NaN or infinity.
     """
-    found: tuple[list[Tensor], list[Tensor]] = ([], [])
+    batches: list[Tensor] = []
     numbers: list[int] = []
     for chosen, samples in of_one_length(sequences):
-        for ids in torch.split(samples, max(1, _TOKENS_AT_A_TIME // samples.shape[1])):
-            for model, logits in zip((original, artifact), found, strict=True):
-                logits.append(model(input_ids=ids.to(model.device)).logits.double().cpu())
+        batches += torch.split(samples, max(1, _TOKENS_AT_A_TIME // samples.shape[1]))
         numbers += chosen
-        progress(len(numbers) / len(sequences))
+    read = logits_of_both(original, artifact, batches, progress)
+    found = zip(*((before.double().cpu(), after.double().cpu()) for before, after in read), strict=True)
     order = torch.tensor(numbers).argsort()
     before, after = (torch.cat(logits)[order] for logits in found)
     check_finite(*(-logits.log_softmax(dim=-1).amax(dim=-1) for logits in (before, after)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from workers.engine.text import read_documents, read_labels, sequences, tokenize
 from workers.evaluation.classes import measure_classes
 from workers.evaluation.quality import masked_windows, measure, windows_of
-from workers.formats.opening import Opened
+from workers.formats.opening import Readable
 from workers.recipe import Evaluation
 
 _PARAM = "recipe.evaluation.dataset"
@@ -21,9 +21,9 @@ _PARAM = "recipe.evaluation.dataset"
 class HeldOut:
     """The evaluation text of a work folder, as token ids that both models read."""
 
-    def __init__(self, texts: Path, wanted: Evaluation, original: Opened) -> None:
+    def __init__(self, texts: Path, wanted: Evaluation, original: Readable) -> None:
         """Take in ``texts`` (JSON Lines) with the tokenizer of the original, as far as ``wanted`` says."""
-        self._opened = original
+        self._original = original
         self._task = original.architecture.task
         self._labels: list[int] | None = None
         length = min(wanted.max_seq_length, original.max_positions or wanted.max_seq_length)
@@ -47,17 +47,16 @@ class HeldOut:
         """The longest sequence of token ids that an encoder reads here."""
         return max(self._sequences, key=Tensor.numel)
 
-    def measure(self, artifact: Opened, progress: Callable[[float], None]) -> dict[str, Any]:
+    def measure(self, artifact: Readable, progress: Callable[[float], None]) -> dict[str, Any]:
         """What the original and ``artifact`` make of the text: the ``quality`` part of a report, as far as it goes.
 
         Raises:
             UserError: ``non_finite_evaluation``.
         """
-        models = self._opened.model, artifact.model
         if self._task == "classification":
             labels = None if self._labels is None else self._labels[: len(self._sequences)]
-            return measure_classes(*models, self._sequences, labels, progress).to_report()
-        return measure(*models, self._windows, progress, self._opened.architecture.call_options).to_report()
+            return measure_classes(self._original, artifact, self._sequences, labels, progress).to_report()
+        return measure(self._original, artifact, self._windows, progress).to_report()
 
 
 def _enough(found: list[Tensor], num_tokens: int) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +10,15 @@ import torch
 from torch import Tensor
 
 from workers.errors import UserError
+from workers.evaluation.both import logits_of_both
 from workers.evaluation.divergence import kl_divergence
 from workers.evaluation.estimates import mean_with_error, perplexity
+from workers.formats.opening import Readable
 
 # Of the tokens of a window that are no special ones, as many are masked as in BERT's training (Devlin et al. 2019).
 MASKED_FRACTION = 0.15
-_TOKENS_AT_A_TIME = 256
+# Logits that are turned into probabilities at a time, of which there are some ten copies.
+_VALUES_AT_A_TIME = 1 << 22
 _LARGEST_LOSS = 700.0  # its exponential is about the largest float64
 
 
@@ -93,26 +96,22 @@ def masked_windows(sequences: list[Tensor], mask_token: int, special_tokens: fro
 
 @torch.inference_mode()
 def measure(
-    original: Any,
-    artifact: Any,
-    windows: list[Window],
-    progress: Callable[[float], None],
-    options: Mapping[str, Any] | None = None,
+    original: Readable, artifact: Readable, windows: list[Window], progress: Callable[[float], None]
 ) -> TokenMeasures:
-    """Run both models over the windows; ``options`` are what they are called with beside token ids.
+    """Run both models over the windows.
 
     Raises:
         UserError: ``non_finite_evaluation`` where a model gives NaN or infinity.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for number, window in enumerate(windows):
-        ids = window.ids.unsqueeze(0).to(original.device)
-        before = original(input_ids=ids, **(options or {})).logits[0]
-        after = artifact(input_ids=ids, **(options or {})).logits[0]
-        for chunk in torch.split(torch.arange(window.positions.numel()), _TOKENS_AT_A_TIME):
-            positions, targets = (each[chunk].to(original.device) for each in (window.positions, window.targets))
-            parts.append(_compare(before[positions].float(), after[positions].float(), targets))
-        progress((number + 1) / len(windows))
+    read = logits_of_both(original, artifact, [window.ids.unsqueeze(0) for window in windows], progress)
+    for window in windows:
+        before, after = next(read)
+        num_rows = max(1, _VALUES_AT_A_TIME // before.shape[-1])
+        for chunk in torch.split(torch.arange(window.positions.numel()), num_rows):
+            positions, targets = (each[chunk].to(before.device) for each in (window.positions, window.targets))
+            parts.append(_compare(before[0, positions].float(), after[0, positions].float(), targets))
+        del before, after  # they may be large, and are not to be there with the next ones
     measures = TokenMeasures(
         len(windows),
         max(window.ids.numel() for window in windows),

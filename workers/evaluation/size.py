@@ -6,11 +6,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
+
+from workers.formats.opening import Readable
+
+_VALUES_AT_A_TIME = 1 << 22  # that are sorted, with the number of each
 
 
 def weights_bytes(folder: Path) -> int:
@@ -32,7 +34,7 @@ class Sparsity:
         return self.num_zeros / self.num_weights if self.num_weights else 0.0
 
 
-def measure_sparsity(model: Any, sparsities: Mapping[str, float], pattern: tuple[int, int] | None) -> Sparsity:
+def measure_sparsity(model: Readable, sparsities: Mapping[str, float], pattern: tuple[int, int] | None) -> Sparsity:
     """Count zeros in the named layers of an opened model and hold them against the sparsity that each was to get.
 
     With ``pattern`` (N, M) every M consecutive columns must have at most N that are not zero.
@@ -40,7 +42,7 @@ def measure_sparsity(model: Any, sparsities: Mapping[str, float], pattern: tuple
     num_weights = num_zeros = 0
     below = []
     for name, sparsity in sparsities.items():
-        weight = _weight(model, name)
+        weight = model.linear_weight(name)
         zero = weight == 0
         num_weights += zero.numel()
         num_zeros += int(zero.sum())
@@ -58,35 +60,31 @@ class Packed:
     scale_bits: float  # of each group, with its zero-point
 
 
-def layers_off_grid(model: Any, layers: Mapping[str, Packed]) -> list[str]:
+def layers_off_grid(model: Readable, layers: Mapping[str, Packed]) -> list[str]:
     """Those layers of an opened model that hold, in some group, more values than their codes stand for."""
     return [
         name
         for name, packed in layers.items()
-        if _most_values(_weight(model, name), packed.group_size) > 1 << packed.num_bits
+        if _most_values(model.linear_weight(name), packed.group_size) > 1 << packed.num_bits
     ]
 
 
-def packed_bytes(model: Any, layers: Mapping[str, Packed]) -> int:
+def packed_bytes(model: Readable, layers: Mapping[str, Packed]) -> int:
     """What the layers would take as packed codes."""
     bits = 0.0
     for name, packed in layers.items():
-        num_weights = _weight(model, name).numel()
+        num_weights = model.linear_weight(name).numel()
         bits += num_weights * packed.num_bits + num_weights // packed.group_size * packed.scale_bits
     return math.ceil(bits / 8)
 
 
-def _weight(model: Any, name: str) -> Tensor:
-    """The weight of a layer, out_features × in_features."""
-    module = model.get_submodule(name)
-    weight: Tensor = module.weight
-    return weight.T if isinstance(module, Conv1D) else weight
-
-
 def _most_values(weight: Tensor, group_size: int) -> int:
     """The largest number of distinct values in a group of a weight (rows × columns)."""
-    values = weight.reshape(-1, group_size).sort(dim=-1).values
-    return 1 + int((values[:, 1:] != values[:, :-1]).sum(dim=-1).max())
+    most = 0
+    for groups in torch.split(weight.reshape(-1, group_size), max(1, _VALUES_AT_A_TIME // group_size)):
+        values = groups.sort(dim=-1).values
+        most = max(most, 1 + int((values[:, 1:] != values[:, :-1]).sum(dim=-1).max()))
+    return most
 
 
 def _has_zeros(zero: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from compressed_tensors.compressors import BaseCompressor
-from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
-from torch import Tensor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme, fake_quantize
+from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
+from torch import Tensor, nn
 
 from workers.recipe import Packing
 from workers.solvers.quantization import Grid, QuantizedWeight
@@ -116,6 +117,17 @@ def input_quantizer(grid: Grid) -> Callable[[Tensor], Tensor]:
         quantized = torch.div(inputs, scale).clamp_(limits.min, limits.max)
         quantized = quantized.copy_(quantized.to(code_type)) if grid.is_float else quantized.round_()
         return quantized.mul_(scale)
+
+    return quantize
+
+
+def quantizer_of(arguments: QuantizationArgs) -> Callable[[Tensor], Tensor]:
+    """What the library does to inputs by a scheme's ``input_activations``: the proof of what we computed with."""
+
+    def quantize(inputs: Tensor) -> Tensor:
+        scale, zero_point = compute_dynamic_scales_and_zp(value=inputs, args=arguments, module=nn.Identity())
+        quantized: Tensor = fake_quantize(x=inputs, scale=scale, zero_point=zero_point, args=arguments)
+        return quantized
 
     return quantize
 

@@ -131,7 +131,12 @@ class Attempt:
         watch.check()
         self._reporter.begin(phase)
         log = folder / "logs" / f"{phase}.log"
-        order = {"phase": phase, "work": str(folder), "num_threads": self._settings.job_threads}
+        order = {
+            "phase": phase,
+            "work": str(folder),
+            "num_threads": self._settings.job_threads,
+            "memory_limit_bytes": self._settings.memory_limit_bytes,
+        }
         prepared = False
 
         def hear(message: Message) -> None:

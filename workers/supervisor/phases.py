@@ -90,7 +90,8 @@ def _check_memory(used_bytes: int, limit_bytes: int) -> None:
         raise CrashError(
             "out_of_memory",
             f"The job's process used {used_bytes} bytes of memory; this worker allows {limit_bytes}.",
-            hint="Use fewer or shorter calibration samples, or a worker with more memory.",
+            hint="Use fewer or shorter calibration samples, a smaller evaluation.max_seq_length, or a worker with more "
+            "memory.",
         )
 
 

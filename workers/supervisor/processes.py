@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import psutil
 
+from workers.memory import held_bytes
+
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
@@ -132,11 +134,8 @@ class JobProcess:
         self._signal(signal.SIGCONT)
 
     def memory_bytes(self) -> int:
-        """Memory of the process and its descendants that nothing but their end gives back.
-
-        Pages of mapped files are left out: the kernel takes them when it needs them, and a model of any size is mapped.
-        """
-        return sum(_held_bytes(process.pid) for process in self._family())
+        """Memory of the process and its descendants that nothing but their end gives back."""
+        return sum(held_bytes(process.pid) for process in self._family())
 
     def end(self, grace_seconds: float = 0) -> Exit:
         """Leave nothing of the group alive; first ask, when there is grace. A second call changes nothing."""
@@ -230,14 +229,6 @@ def scrubbed_environment(environment: Mapping[str, str], *, network: bool) -> di
     if not network:
         scrubbed["HF_HUB_OFFLINE"] = "1"
     return scrubbed
-
-
-def _held_bytes(pid: int) -> int:
-    with suppress(OSError):
-        lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
-        held = (line.split() for line in lines if line.startswith(("RssAnon:", "RssShmem:")))
-        return sum(int(kilobytes) * 1024 for _, kilobytes, _ in held)
-    return 0
 
 
 def _waitable(pid: int) -> bool:

@@ -147,6 +147,26 @@ def test_a_report_shows_before_and_after_with_errors() -> None:
     assert "[bold]Spain�[2J" in text, "a model's text is shown as it is, and moves no cursor"
 
 
+def test_what_was_read_by_block_shows_no_speed_and_no_text() -> None:
+    nothing = dict.fromkeys(("load_seconds", "first_token_seconds", "tokens_per_second"))
+    generation = {"prompt": "The capital", "original": None, "artifact": " of Spain"}
+    report = REPORT | {"opened": {"original": "by_block", "artifact": "whole"}, "generation": generation}
+    report["speed"] = {"original": nothing, "artifact": {**nothing, "tokens_per_second": 25.0}}
+    output = io.StringIO()
+    print_report(Console(file=output, width=120, markup=False), report)
+    text = " ".join(output.getvalue().split())
+    assert "tokens per second - 25.0" in text
+    assert "the original was read block by block" in text
+    assert "The result continues: The capital" in text
+    assert "of Spain" in text
+    report |= {"opened": {"original": "by_block", "artifact": "by_block"}, "generation": None}
+    report["speed"] = {"original": nothing, "artifact": nothing}
+    output = io.StringIO()
+    print_report(Console(file=output, width=120, markup=False), report)
+    assert "speed is not measured" in output.getvalue()
+    assert "tokens per second" not in output.getvalue()
+
+
 def test_a_report_without_measurements_is_still_shown() -> None:
     output = io.StringIO()
     print_report(Console(file=output), {"model": {"id": "m", "revision": None}})

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.workers.opened import opened
 from workers.errors import UserError
 from workers.evaluation.classes import ClassMeasures, accuracies, macro_f1, measure_classes
+from workers.formats.opening import Opened
 
 
 def predictions(num_texts: int, num_classes: int, share_right: float, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -90,10 +92,16 @@ class Counting(torch.nn.Module):
         return SimpleNamespace(logits=self.factor * torch.stack((count, input_ids[:, 0].float()), dim=1))
 
 
+def _classifier(model: torch.nn.Module) -> Opened:
+    return opened(model, "bert", "classification")
+
+
 def test_sequences_of_one_length_go_together_and_come_back_in_order() -> None:
     original = Counting()
     sequences = [torch.full((length,), first) for length, first in ((3, 9), (5, 1), (3, 0), (2, 7))]
-    measures = measure_classes(original, Counting(2.0), sequences, [1, 0, 0, 0], lambda _: None)
+    measures = measure_classes(
+        _classifier(original), _classifier(Counting(2.0)), sequences, [1, 0, 0, 0], lambda _: None
+    )
     assert original.shapes == [(1, 2), (2, 3), (1, 5)]
     assert measures.original_logits.tolist() == [[3, 9], [5, 1], [3, 0], [2, 7]]
     report = measures.to_report()
@@ -102,6 +110,7 @@ def test_sequences_of_one_length_go_together_and_come_back_in_order() -> None:
 
 
 def test_a_classifier_that_gives_nan_is_named() -> None:
+    broken = _classifier(Counting(math.nan))
     with pytest.raises(UserError, match="compressed model") as caught:
-        measure_classes(Counting(), Counting(math.nan), [torch.tensor([1, 2])], None, lambda _: None)
+        measure_classes(_classifier(Counting()), broken, [torch.tensor([1, 2])], None, lambda _: None)
     assert caught.value.code == "non_finite_evaluation"

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.workers.opened import opened
 from workers.errors import UserError
 from workers.evaluation.estimates import TOKENS_PER_BATCH_MEAN, mean_with_error
 from workers.evaluation.quality import TokenMeasures, masked_windows, measure, windows_of
@@ -54,7 +55,7 @@ def test_a_perplexity_beyond_all_numbers_is_none() -> None:
             return SimpleNamespace(logits=logits)
 
     with pytest.raises(UserError) as caught:
-        measure(Certain(), Certain(), windows_of(torch.tensor([1, 2, 3]), 3, 3), lambda _: None)
+        measure(opened(Certain()), opened(Certain()), windows_of(torch.tensor([1, 2, 3]), 3, 3), lambda _: None)
     assert caught.value.code == "non_finite_evaluation"
 
 

@@ -3,18 +3,20 @@
 import torch
 from torch import Tensor, nn
 
+from tests.workers.opened import opened
 from workers.evaluation.size import Packed, layers_off_grid, measure_sparsity, packed_bytes
+from workers.formats.opening import Opened
 from workers.solvers.quantization import Grid, quantize_to_nearest
 
 
-def model_of(**weights: Tensor) -> nn.Module:
-    """A module whose children are linear layers with these weights."""
+def model_of(**weights: Tensor) -> Opened:
+    """A model whose modules are linear layers with these weights."""
     model = nn.Module()
     for name, weight in weights.items():
         layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
         layer.weight = nn.Parameter(weight, requires_grad=False)
         model.add_module(name, layer)
-    return model
+    return opened(model)
 
 
 def test_zeros_are_counted_and_layers_with_too_few_are_named() -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationArgs, fake_quantize
-from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
-from torch import nn
+from compressed_tensors.quantization import QuantizationArgs
 
-from workers.formats.compressed_tensors import input_quantizer
+from workers.formats.compressed_tensors import input_quantizer, quantizer_of
 from workers.solvers.quantization import Grid
 
 
@@ -23,8 +21,7 @@ def test_inputs_are_quantized_as_the_library_does_it(is_float: bool, size: float
     arguments = QuantizationArgs(
         num_bits=8, type="float" if is_float else "int", strategy="token", dynamic=True, symmetric=True
     )
-    scale, zero_point = compute_dynamic_scales_and_zp(value=inputs, args=arguments, module=nn.Identity())
-    expected = fake_quantize(x=inputs, scale=scale, zero_point=zero_point, args=arguments)
+    expected = quantizer_of(arguments)(inputs)
     before = inputs.clone()
     found = input_quantizer(Grid(8, 96, True, is_float=is_float))(inputs)
     assert torch.equal(found, expected)
