@@ -69,7 +69,7 @@ def _run(order: Mapping[str, Any], work: Path, emit: Callable[[dict[str, Any]], 
     if phase == "compress":
         from workers.pipeline import compress
 
-        compress(work, request, emit)
+        compress(work, request, emit, order.get("memory_limit_bytes"))
         return {}
     if phase == "certify":
         from workers.certify import certify

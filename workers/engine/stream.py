@@ -30,8 +30,6 @@ from workers.techniques import StageOptions
 
 # Tokens that one pass takes through a block at a time: enough for large products, few enough to stay in memory.
 TOKENS_PER_PASS = 4096
-# What waiting passes may hold in memory together. The result does not depend on it.
-WAITING_BYTES = 1 << 30
 
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
@@ -39,8 +37,12 @@ Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fr
 class Stream:
     """One pass over a checkpoint that applies the stages of a recipe to every block."""
 
-    def __init__(self, skeleton: Skeleton, recipe: Recipe, journal: Journal, progress: Progress) -> None:
+    def __init__(
+        self, skeleton: Skeleton, recipe: Recipe, journal: Journal, progress: Progress, waiting_bytes: int
+    ) -> None:
+        """Waiting passes hold ``waiting_bytes`` in memory, and what is beyond in files: the result is the same."""
         self.skeleton = skeleton
+        self._waiting_bytes = waiting_bytes
         self.recipe = recipe
         self.journal = journal
         share = recipe.plan_share
@@ -87,7 +89,7 @@ class Stream:
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = skeleton.forward_pass(probe)
         batches = [ids for samples in calibration for ids in _batches(samples)]
-        budget = MemoryBudget(self.journal.folder / "waiting", WAITING_BYTES)
+        budget = MemoryBudget(self.journal.folder / "waiting", self._waiting_bytes)
         passes = [skeleton.forward_pass(ids, budget=budget) for ids in batches]
         if "drift" in self.recipe.statistics:
             originals = [skeleton.forward_pass(ids, heeds_transforms=False, budget=budget) for ids in batches]
