@@ -10,14 +10,17 @@ from workers.formats.compressed_tensors import input_quantizer, quantizer_of
 from workers.solvers.quantization import Grid
 
 
+@pytest.mark.parametrize("folded", [False, True])
 @pytest.mark.parametrize("is_float", [False, True])
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_inputs_are_quantized_as_the_library_does_it(is_float: bool, size: float) -> None:
+def test_inputs_are_quantized_as_the_library_does_it(is_float: bool, size: float, folded: bool) -> None:
     inputs = size * torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(0))
     inputs[0, 0] = 0.0
     inputs[0, 1].clamp_(min=0)
     inputs[0, 2].clamp_(max=0)
     inputs[1, :, 5] *= 1000
+    if folded:  # as OPT reads its feed-forward layers
+        inputs = inputs.reshape(-1, 96)
     arguments = QuantizationArgs(
         num_bits=8, type="float" if is_float else "int", strategy="token", dynamic=True, symmetric=True
     )
