@@ -48,6 +48,13 @@ def certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes:
             ``size_exceeded``: the artifact is not what was computed.
         UserError: ``not_smaller`` or ``non_finite_evaluation``.
     """
+    try:
+        return _certify(work, request, emit, memory_limit_bytes)
+    finally:
+        remove_expanded(work)
+
+
+def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes: int | None) -> dict[str, Any]:
     begin = time.perf_counter()
     recipe = Recipe.model_validate(request["recipe"])
     device = compute_device()
@@ -110,7 +117,6 @@ def certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes:
             },
         },
     )
-    remove_expanded(work)
     write_json(work / "artifact" / "report.json", report)
     (work / "artifact" / "README.md").write_text(model_card(report, request["recipe"]), encoding="utf-8")
     return outcome_of(report)

@@ -168,7 +168,7 @@ def test_a_killed_plan_goes_on_from_its_last_block(
     assert (attempt.artifact / "model.safetensors").read_bytes() == (whole.artifact / "model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("what", ["activations", "entry", "fingerprint"])
+@pytest.mark.parametrize("what", ["activations", "entry", "another block's entry", "fingerprint"])
 def test_a_part_of_a_plan_that_cannot_be_gone_on_with_is_made_again(
     llama: Path, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +190,8 @@ def test_a_part_of_a_plan_that_cannot_be_gone_on_with_is_made_again(
     if what == "activations":
         path = next((steps / "activations").glob("0-*"))
         path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:])
+    elif what == "another block's entry":
+        shutil.copyfile(steps / "block-00001.json", steps / "block-00000.json")
     elif what == "entry":
         path = steps / "block-00000.json"
         entry = json.loads(path.read_text())

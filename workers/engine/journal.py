@@ -103,6 +103,7 @@ class Journal:
             self.folder / f"{part}.json",
             _sealed(
                 {
+                    "index": index,
                     "entry": entry,
                     "fingerprint": self.fingerprint,
                     "part_xxh3": _digest(self.parts.path(part)) if self.parts.path(part).exists() else None,
@@ -146,6 +147,8 @@ class Journal:
                 return True
             try:
                 written = _unsealed(path)
+                if written["index"] != self.num_blocks:
+                    raise ValueError("the entry is another block's")
                 if written["part_xxh3"] is not None and _digest(parts.path(part)) != written["part_xxh3"]:
                     raise ValueError("the part's bytes are not those that the entry names")
                 entry, fingerprint = dict(written["entry"]), dict(written["fingerprint"])

@@ -33,9 +33,7 @@ class StoredSize:
         grid = grid_of(options, columns, skeleton.checkpoint.stored_dtype(f"{layer}.weight"))
         if self._output.format == "bitsandbytes":
             assert isinstance(options, RoundToNearest)
-            codes = bitsandbytes.stored_bytes(rows, columns, grid, double_quant=options.double_quant)
-            # Layers that do not fall into blocks stay in full.
-            return min(codes, rows * columns * skeleton.checkpoint.stored_dtype(f"{layer}.weight").itemsize)
+            return bitsandbytes.stored_bytes(rows, columns, grid, double_quant=options.double_quant)
         assert self._output.packing is not None
         return compressed_tensors.stored_bytes(rows, columns, grid, self._output.packing)
 
@@ -80,7 +78,11 @@ class StoredSize:
         if options.embeddings:
             tied = architecture.tied_parameters(self._skeleton.checkpoint.config)
             names += [name for name in architecture.vocabulary_matrices if f"{name}.weight" not in tied]
-        return [name for name in names if not options.ignores(name)]
+        names = [name for name in names if not options.ignores(name)]
+        if self._output.format == "bitsandbytes":  # layers that do not fall into its blocks stay in full
+            assert isinstance(options, RoundToNearest)
+            names = [name for name in names if options.has_blocks_for(*self._skeleton.linear_shape(name))]
+        return names
 
     def _stored_in_full(self, coded: Collection[str]) -> list[str]:
         checkpoint, architecture = self._skeleton.checkpoint, self._skeleton.architecture

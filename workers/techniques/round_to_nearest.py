@@ -66,7 +66,7 @@ class RoundToNearest(QuantizationOptions):
             layer.quantized = quantize_to_nearest(
                 layer.weight, layer.grid(self), clip_search=self.clip_search, zeros=layer.zeros
             )
-        elif layer.stores_codes and not self._has_blocks_for(*layer.weight.shape):
+        elif layer.stores_codes and not self.has_blocks_for(*layer.weight.shape):
             rows, columns = layer.weight.shape
             layer.fall_back(
                 "shape",
@@ -76,8 +76,8 @@ class RoundToNearest(QuantizationOptions):
             layer.quantized = quantize_to_normal_float(layer.weight, layer.grid(self), double_quant=self.double_quant)
         return {}
 
-    def _has_blocks_for(self, rows: int, columns: int) -> bool:
-        """Whether bitsandbytes reads such a layer on every CPU."""
+    def has_blocks_for(self, rows: int, columns: int) -> bool:
+        """Whether bitsandbytes reads the NF4 codes of such a layer on every CPU."""
         allowed = self.facts.group_sizes
         assert allowed is not None
         return rows % _ROWS_MULTIPLE == 0 and usable_group_size(columns, self.group_size, allowed) in allowed

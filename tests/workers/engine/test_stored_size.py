@@ -1,5 +1,6 @@
 """A limit of bytes that the recipe cannot keep ends the job before anything is computed."""
 
+import json
 import struct
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ def refusal(model: Path, recipe: dict[str, Any], limit: int) -> UserError | None
     except UserError as error:
         return error
     return None
+
+
+def test_layers_that_stay_in_full_beside_nf4_count_in_full(tmp_path: Path) -> None:
+    folder = tmp_path / "roots" / "llama"
+    write_tiny_llama(folder, intermediate_size=100)
+    recipe = {"stages": [{"technique": "round_to_nearest", "scheme": "NF4"}]}
+    attempt = compressed(tmp_path / "work", folder, recipe)
+    assert {each["code"] for each in attempt_fallbacks(attempt.work)} == {"shape"}
+    found = weights_bytes(attempt.artifact)
+    error = refusal(folder, recipe, 1)
+    assert error is not None
+    assert error.hint is not None
+    allowed = int(error.hint.split()[1].replace(",", ""))
+    assert found <= allowed <= 1.2 * found
+
+
+def attempt_fallbacks(work: Path) -> list[dict[str, Any]]:
+    stages = json.loads((work / "compressed.json").read_text())["stages"]
+    return [fallback for stage in stages for fallback in stage["fallbacks"]]
 
 
 def tensor_bytes(folder: Path) -> int:
