@@ -55,6 +55,7 @@ def assert_close(one: Any, other: Any) -> None:
 def refusal(attempt: Attempt) -> CrashError:
     with pytest.raises(CrashError) as caught:
         certify(attempt.work, attempt.request, attempt.events.append, NO_MEMORY)
+    assert not (attempt.work / "expanded").exists()
     return caught.value
 
 
