@@ -39,14 +39,15 @@ def main() -> None:
     for num_blocks in options.blocks:
         model = FOLDER / "models" / f"random-{num_blocks}"
         _write_model(model, num_blocks)
-        peak_bytes, seconds = _measure(model, options)
-        peaks.append(peak_bytes)
+        in_blocks, seconds = _measure(model, options)
+        peaks.append(max(in_blocks))
         size_bytes = (model / "model.safetensors").stat().st_size
         print(
-            f"{num_blocks:3} blocks  checkpoint {size_bytes / 1e6:7.0f} MB  peak {peak_bytes / 1e6:6.0f} MB  "
+            f"{num_blocks:3} blocks  checkpoint {size_bytes / 1e6:7.0f} MB  peak {peaks[-1] / 1e6:6.0f} MB  "
             f"{seconds:6.1f} s",
             flush=True,
         )
+        print("    block by block:", *(round(each / 1e6) for each in in_blocks), "MB", flush=True)
         shutil.rmtree(model)
     print(f"growth from {options.blocks[0]} to {options.blocks[-1]} blocks: {100 * (peaks[-1] / peaks[0] - 1):+.1f} %")
 
@@ -83,8 +84,8 @@ def _random(rows: int, columns: int) -> torch.Tensor:
     return torch.randn(rows, columns, dtype=torch.bfloat16) * 0.02
 
 
-def _measure(model: Path, options: argparse.Namespace) -> tuple[int, float]:
-    """Peak anonymous memory of one compress process, in bytes, and its seconds."""
+def _measure(model: Path, options: argparse.Namespace) -> tuple[list[int], float]:
+    """Peak anonymous memory of one compress process in each block, in bytes, and its seconds."""
     work = FOLDER / "memory"
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
@@ -108,7 +109,7 @@ def _measure(model: Path, options: argparse.Namespace) -> tuple[int, float]:
     (work / "request.json").write_text(json.dumps(request))
     seconds = 0.0
     for phase in ("fetch", "compress"):
-        peak, begin = 0, time.perf_counter()
+        peaks, begin, told = [0], time.perf_counter(), b""
         reading, writing = os.pipe()
         process = subprocess.Popen(
             [sys.executable, "-m", "workers.runner", "--events-fd", str(writing)],
@@ -120,15 +121,18 @@ def _measure(model: Path, options: argparse.Namespace) -> tuple[int, float]:
         process.stdin.flush()
         os.set_blocking(reading, False)
         while process.poll() is None:
-            peak = max(peak, _anonymous_bytes(process.pid))
-            _drain(reading)
+            peaks[-1] = max(peaks[-1], _anonymous_bytes(process.pid))
+            *lines, told = (told + _available(reading)).split(b"\n")
+            for block in (json.loads(line).get("block") for line in lines):
+                if block == len(peaks):  # what comes before the first and after the last counts with them
+                    peaks.append(0)
             time.sleep(_SAMPLED_SECONDS)
         if process.returncode != 0:
             sys.exit(f"{phase} failed: {(work / 'logs' / f'{phase}.log').read_text()}")
         process.stdin.close()
         os.close(reading)
         seconds = time.perf_counter() - begin
-    return peak, seconds
+    return peaks, seconds
 
 
 def _anonymous_bytes(pid: int) -> int:
@@ -140,12 +144,11 @@ def _anonymous_bytes(pid: int) -> int:
     return sum(int(value.split()[0]) * 1024 for value in found.values())
 
 
-def _drain(descriptor: int) -> None:
+def _available(descriptor: int) -> bytes:
     try:
-        while os.read(descriptor, 65_536):
-            continue
+        return os.read(descriptor, 1 << 20)
     except BlockingIOError:
-        return
+        return b""
 
 
 if __name__ == "__main__":

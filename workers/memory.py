@@ -10,6 +10,8 @@ import psutil
 
 # Of what a machine has left, what a job leaves to others, and to pages of the files that it reads.
 _MACHINE_SHARE = 0.9
+# Of activations that wait in memory, whatever there is of it.
+MOST_WAITING_BYTES = 1 << 30
 _GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -31,6 +33,11 @@ def free_bytes(limit_bytes: int | None) -> int:
     if limit_bytes is None:
         return machine
     return min(machine, max(0, limit_bytes - held_bytes(os.getpid())))
+
+
+def waiting_bytes(num_bytes: int) -> int:
+    """What activations that wait for their next layer may hold, where so much memory is free."""
+    return max(0, min(MOST_WAITING_BYTES, num_bytes // 4))
 
 
 def _group_free_bytes() -> float:

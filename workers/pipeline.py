@@ -40,7 +40,7 @@ from workers.evaluation.speed import check_prompt
 from workers.fingerprint import change_of, fingerprint, made_under
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
 from workers.formats.parts import Parts
-from workers.memory import free_bytes
+from workers.memory import free_bytes, waiting_bytes
 from workers.recipe import Recipe
 from workers.sources.tokenizer_file import tokenizer_failures
 from workers.sources.unchanged import check_unchanged
@@ -48,8 +48,6 @@ from workers.techniques import MixedPrecision, RoundToNearest
 
 Emit = Callable[[dict[str, Any]], None]
 
-# Of activations that wait in memory. Below it nothing is written that is not needed for going on after a kill.
-MOST_WAITING_BYTES = 1 << 30
 # Tokens whose logits the artifact has to give again, and in how many sequences an encoder reads them.
 NUM_PROBE_TOKENS = 64
 NUM_PROBE_SEQUENCES = 4
@@ -97,8 +95,8 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
 
     for index in range(1, len(recipe.stages)):
         emit({"event": "stage", "index": index, "status": "running", "metrics": {}})
-    waiting_bytes = min(MOST_WAITING_BYTES, free_bytes(memory_limit_bytes) // 4)
-    streamed = Stream(skeleton, recipe, journal, progress, waiting_bytes).run(calibration, probe)
+    may_wait = waiting_bytes(free_bytes(memory_limit_bytes))
+    streamed = Stream(skeleton, recipe, journal, progress, may_wait).run(calibration, probe)
     emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
     check_unchanged(work / "source")
     _export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)

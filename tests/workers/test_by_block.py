@@ -142,6 +142,16 @@ def test_missing_and_unknown_tensors_are_refused(recipe: dict[str, Any], tmp_pat
     certify(attempt.work, attempt.request, attempt.events.append, NO_MEMORY)
 
 
+def test_a_config_that_calls_plain_layers_codes_is_refused(tmp_path: Path) -> None:
+    recipe = {"stages": [{"technique": "round_to_nearest", "scheme": "NF4", "ignore": ["*.0.*"]}]}
+    attempt = compressed(tmp_path / "work", model(tmp_path / "model"), recipe)
+    path = attempt.artifact / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"]["llm_int8_skip_modules"] = []
+    path.write_text(json.dumps(config))
+    assert refusal(attempt).code == "artifact_incomplete"
+
+
 def test_an_archive_that_is_damaged_or_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     attempt = compressed(tmp_path / "work", model(tmp_path / "model"), RECIPES["archive"])
     path = attempt.artifact / "sparse.safetensors"

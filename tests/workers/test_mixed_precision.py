@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -105,21 +106,26 @@ def test_zeros_survive(llama: Path, stages: list[dict[str, Any]], tmp_path: Path
     assert attempt.report["stages"][0]["metrics"]["sparsity"] == pytest.approx(0.3, abs=0.01)
 
 
-def test_a_killed_job_keeps_to_its_plan(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = {"stages": [{**MIXED, "average_bits": 5.0}]}
-    whole = compressed(tmp_path / "whole", llama, recipe)
-    attempt = fetched(tmp_path / "work", llama, recipe)
+def kill_after(attempt: Attempt, monkeypatch: pytest.MonkeyPatch, is_last: Callable[[Journal, int], bool]) -> None:
+    """Compress until a journal has finished the block for which ``is_last`` holds."""
     finish = Journal.finish_block
 
     def killed(journal: Journal, index: int, entry: Any, shapes: Any) -> None:
         finish(journal, index, entry, shapes)
-        if journal.folder == attempt.work / "journal":
+        if is_last(journal, index):
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Journal, "finish_block", killed)
-    with pytest.raises(KeyboardInterrupt):
-        compress(attempt.work, attempt.request, attempt.events.append)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(Journal, "finish_block", killed)
+        with pytest.raises(KeyboardInterrupt):
+            compress(attempt.work, attempt.request, attempt.events.append)
+
+
+def test_a_killed_job_keeps_to_its_plan(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = {"stages": [{**MIXED, "average_bits": 5.0}]}
+    whole = compressed(tmp_path / "whole", llama, recipe)
+    attempt = fetched(tmp_path / "work", llama, recipe)
+    kill_after(attempt, monkeypatch, lambda journal, _: journal.folder == attempt.work / "journal")
     monkeypatch.setattr("workers.engine.stream.make_plan", None)  # made once
     compress(attempt.work, attempt.request, attempt.events.append)
     assert (attempt.artifact / "model.safetensors").read_bytes() == (whole.artifact / "model.safetensors").read_bytes()
@@ -175,17 +181,7 @@ def test_a_part_of_a_plan_that_cannot_be_gone_on_with_is_made_again(
     recipe = {"stages": [{**MIXED, "average_bits": 5.0}]}
     whole = compressed(tmp_path / "whole", llama, recipe)
     attempt = fetched(tmp_path / "work", llama, recipe)
-    finish = Journal.finish_block
-
-    def killed(journal: Journal, index: int, entry: Any, shapes: Any) -> None:
-        finish(journal, index, entry, shapes)
-        if index == 1:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(Journal, "finish_block", killed)
-    with pytest.raises(KeyboardInterrupt):
-        compress(attempt.work, attempt.request, attempt.events.append)
-    monkeypatch.undo()
+    kill_after(attempt, monkeypatch, lambda _, index: index == 1)
     steps = attempt.work / "journal" / "planning" / "sensitivity"
     if what == "activations":
         path = next((steps / "activations").glob("0-*"))

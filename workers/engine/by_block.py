@@ -158,6 +158,14 @@ class ByBlock:
                 param="model.id",
                 hint="Save the model again with transformers' save_pretrained.",
             )
+        wrong = [name for name in self._skeleton.linear_layers if self._checkpoint.contradicts_config(name)]
+        if wrong:
+            raise UserError(
+                "checkpoint_mismatch",
+                f"config.json and the files disagree on whether {len(wrong)} layers have codes, the first {wrong[0]}.",
+                param="model.id",
+                hint="config.json belongs to another checkpoint; put the right one beside the weights.",
+            )
 
 
 def _advance(passes: Iterable[ForwardPass], name: str) -> None:

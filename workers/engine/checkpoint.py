@@ -118,6 +118,11 @@ class Checkpoint:
         """
         return self._coded.input_quantizer(module) if self._coded is not None and self._is_quantized(module) else None
 
+    def contradicts_config(self, module: str) -> bool:
+        """Whether a linear layer is stored as codes and config.json says that it is not, or the reverse."""
+        spared = None if self._coded is None else self._coded.spares(module)
+        return spared is not None and spared == self._is_quantized(module)
+
     def _is_quantized(self, module: str) -> bool:
         return self._coded is not None and f"{module}.{self._coded.mark}" in self._file_of
 

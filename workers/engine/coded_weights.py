@@ -25,6 +25,9 @@ class CodedWeights(Protocol):
     def dtype_of(self, mark: Tensor) -> torch.dtype:
         """The floating-point type that a weight stands for, from the tensor called :attr:`mark`."""
 
+    def spares(self, module: str, /) -> bool | None:
+        """Whether config.json says that a linear layer has no codes; None where transformers finds it out unread."""
+
     def decode(self, module: str, stored: dict[str, Tensor], /) -> Tensor:
         """The float32 weight of ``module`` as the model has it, from its tensors by their names within it."""
 
@@ -45,7 +48,7 @@ def coded_weights_of(description: Mapping[str, Any] | None, *, is_transposed: bo
     if method == "compressed-tensors":
         return _CompressedTensors(description)
     if method == "bitsandbytes" and description.get("bnb_4bit_quant_type") == "nf4":
-        return _NormalFloats(is_transposed=is_transposed)
+        return _NormalFloats(description, is_transposed=is_transposed)
     raise UserError(
         "unsupported_quantization",
         f"The model is already quantized by {method!r}.",
@@ -73,6 +76,9 @@ class _CompressedTensors:
 
     def dtype_of(self, mark: Tensor) -> torch.dtype:
         return mark.dtype
+
+    def spares(self, _module: str, /) -> None:
+        return None
 
     def decode(self, module: str, stored: dict[str, Tensor], /) -> Tensor:
         from compressed_tensors.compressors import BaseCompressor
@@ -112,8 +118,12 @@ class _NormalFloats:
 
     mark = "weight.quant_state.bitsandbytes__nf4"
 
-    def __init__(self, *, is_transposed: bool) -> None:
+    def __init__(self, description: Mapping[str, Any], *, is_transposed: bool) -> None:
         self._is_transposed = is_transposed
+        self._spared = frozenset(description.get("llm_int8_skip_modules") or ())
+
+    def spares(self, module: str, /) -> bool:
+        return module in self._spared
 
     def parameter_of(self, stored: str, /) -> str:
         module, found, _ = stored.partition(".weight.")

@@ -38,7 +38,7 @@ def keep_freed_memory() -> None:
     """Have this process keep what it frees, for its next use, until :func:`release_memory`.
 
     A forward pass takes and frees tensors of the same sizes again and again. Where each goes back to the system at
-    once, which clears the pages that it gives out, that is a seventh of the pass's time.
+    once, which clears the pages that it gives out, that is an eighth of the pass's time.
     """
     set_option = _of_glibc("mallopt")
     if set_option is not None:

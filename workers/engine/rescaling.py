@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, MutableMapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -10,9 +10,58 @@ from torch import Tensor
 
 from workers.architectures import Producer
 from workers.engine.layer import Layer
+from workers.engine.skeleton import Skeleton
+from workers.techniques import StageOptions
 
 # The stored tensor of a name in the block: changed already, or as the checkpoint has it; None where there is none.
 Stored = Callable[[str], Tensor | None]
+
+
+class Rescaling:
+    """Of the running block: parameters that make an input otherwise, and which layers read it so."""
+
+    def __init__(self, skeleton: Skeleton) -> None:
+        self._skeleton = skeleton
+        self._changed: dict[str, Tensor] = {}
+
+    def apply(
+        self, stage: StageOptions, block: str, group: Sequence[str], layers: Sequence[Layer], done: Sequence[Layer]
+    ) -> None:
+        """Move a scale that ``stage`` asks for from the input of ``layers``, the ``group``, to whatever makes it.
+
+        ``done`` are the block's layers before them. Where the input cannot be rescaled, layers say so.
+        """
+        architecture = self._skeleton.architecture
+        producer = architecture.producer(group, self._skeleton.checkpoint.config)
+        if producer is None:
+            return
+        name = f"{block}.{producer.name}"
+        taken = [layer for layer in layers if not stage.ignores(layer.name)]
+        if len(taken) < len(layers) or (producer.kind == "linear" and stage.ignores(name)):
+            for layer in taken:
+                layer.fall_back("input_scale", "its input is not rescaled: `ignore` spares a layer that would change")
+            return
+        scale = stage.input_scale(layers, producer)
+        if not all(layer.can_be_scaled(scale) for layer in layers):
+            for layer in layers:
+                layer.fall_back("input_scale", "its input is not rescaled: a weight would be beyond its type's range")
+            return
+        made = next((layer for layer in done if layer.name == name), None)
+        scale = take_over(producer, name, scale, self._stored, self._changed, made)
+        statistics = layers[0].statistics.scaled(scale)
+        for layer in layers:
+            layer.rescale(scale, statistics)
+
+    def take(self, name: str) -> Tensor:
+        """A parameter of the block as the artifact stores it, unless it is a compressed weight; once."""
+        changed = self._changed.pop(name, None)
+        return self._skeleton.checkpoint.as_stored(name) if changed is None else changed
+
+    def _stored(self, name: str) -> Tensor | None:
+        checkpoint = self._skeleton.checkpoint
+        if name in self._changed:
+            return self._changed[name]
+        return checkpoint.as_stored(name) if name in checkpoint.parameters(name) else None
 
 
 def take_over(

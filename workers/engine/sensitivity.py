@@ -85,113 +85,139 @@ def measure(
     ``calibration`` holds samples × tokens for each length of samples. Blocks are loaded one at a time; between them
     hidden states lie in ``journal``, and blocks that it has are not done again.
     """
-    architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-    stops = [*blocks, skeleton.end]
     groups = {
         f"{block}.{group[0]}": [name for layer in group if not stage.ignores(name := f"{block}.{layer}")]
         for block in blocks
-        for group in architecture.linear_groups
+        for group in skeleton.architecture.linear_groups
     }
     groups = {leader: layers for leader, layers in groups.items() if layers}
-    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*stops, *groups)]
-    (compared,) = part_of([max(calibration, key=torch.numel)], NUM_COMPARED_TOKENS)
-    original = skeleton.forward_pass(compared)
-    inputs = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_INPUT_TOKENS)]
-    # As many as there are layers in all: what they hold while they wait must not grow with the depth.
-    budget = MemoryBudget(journal.folder / "waiting", 0)
-    changed = {leader: skeleton.forward_pass(compared, budget=budget) for leader in groups}
-    going_on = itertools.islice(changed.values(), sum(map(len, journal.entries)))
-    journal.begin_again_unless_whole(_shapes(skeleton, [original, *inputs, *going_on]))
-    found = {leader: Sensitivity.from_json(each) for entry in journal.entries for leader, each in entry.items()}
-    before, waiting = _begin(skeleton, stops, journal, [original, *inputs], changed, list(found))
-    unread = torch.zeros_like(before)
+    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, skeleton.end, *groups)]
+    measurement = _Measurement(skeleton, stage, width, groups, calibration, journal)
+    measurement.begin()
     for index in range(journal.num_blocks, len(blocks)):
-        block, following = blocks[index], stops[index + 1]
-        progress(f"plan.{block}", index, len(blocks), _SHARE_OF_BLOCKS * index / len(blocks))
-        skeleton.load(block)
-        number = itertools.count(1 + len(inputs))
-        for leader in found:
-            journal.activations.keep(index + 1, next(number), changed[leader].advance_to(following))
-            changed[leader].rest()
-        for leader in (leader for leader in groups if leader.startswith(block + ".")):
-            originals = {name: skeleton.linear_weight(name) for name in groups[leader]}
-            found[leader] = _quantize_alone(
-                skeleton, stage, width, originals, [each.advance_to(leader) for each in inputs]
-            )
-            entered = waiting.pop(leader)
-            put(before.clone(), entered)
-            left = changed[leader].advance_to(following)
-            journal.activations.keep(index + 1, next(number), left)
-            # The pass keeps what it entered with and reads it no more: without memory of its own, depth costs none.
-            if left is not entered:
-                put(unread, entered)
-            changed[leader].rest()
-            for name, weight in originals.items():
-                skeleton.assign_linear(name, weight)
-        before = original.advance_to(following)
-        for which, each in enumerate([original, *inputs]):
-            hidden = before if each is original else each.advance_to(following)
-            journal.activations.keep(index + 1, which, hidden)
-        entry = {leader: each.to_json() for leader, each in found.items() if leader.startswith(block + ".")}
-        journal.finish_block(index, entry, _shapes(skeleton, [original, *inputs, *(changed[name] for name in found)]))
-        skeleton.unload(block)
-        release_memory()
-    for each in inputs:
-        each.abandon()
-    _compare(
-        skeleton,
-        original,
-        changed,
-        found,
+        progress(f"plan.{blocks[index]}", index, len(blocks), _SHARE_OF_BLOCKS * index / len(blocks))
+        measurement.pass_block(index)
+    measurement.compare(
         lambda done: progress(
             "plan.compare", len(blocks) - 1, len(blocks), _SHARE_OF_BLOCKS + (1 - _SHARE_OF_BLOCKS) * done
-        ),
+        )
     )
     for gate in gates:
         gate.remove()
-    return list(found.values())
+    return list(measurement.found.values())
 
 
-def _shapes(skeleton: Skeleton, passes: Iterable[ForwardPass]) -> list[torch.Size]:
-    """Of what passes bring from block to block."""
-    return [torch.Size([*each.input_shape, skeleton.hidden_size]) for each in passes]
+class _Measurement:
+    """Passes through the original, one for each group of layers that it is quantized for, and what was found so far.
 
-
-def _begin(
-    skeleton: Skeleton,
-    stops: list[str],
-    journal: Journal,
-    unchanged: list[ForwardPass],
-    changed: dict[str, ForwardPass],
-    found: list[str],
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Bring passes to the first of ``stops`` that is not finished, each of ``changed`` not ``found`` to its leader's.
-
-    Returns what the first of ``unchanged`` brings, and what the latter do, which lies in the same memory.
+    A group is called by its leader, the first of its layers.
     """
-    first = journal.num_blocks
-    outer = skeleton.present(skeleton.architecture.before_blocks)
-    for name in outer:
-        skeleton.load(name)
-    with skeleton.skipped(stops[:first]):
-        before = unchanged[0].advance_to(stops[first])
-        for number, each in enumerate([*unchanged, *(changed[leader] for leader in found)]):
-            hidden = each.advance_to(stops[first]) if number else before
-            if first:
-                journal.activations.restore(first, number, hidden)
-            each.rest()
-    waiting = {}
-    for index, block in enumerate(stops[first:-1], first):
-        # A block's forward is looked up before its gate: what waits there will run it, whatever comes in its place.
-        with skeleton.skipped(stops[:index]):
-            for leader in (leader for leader in changed if leader.startswith(block + ".")):
-                waiting[leader] = changed[leader].advance_to(block)
-                put(before, waiting[leader])
-                changed[leader].rest()
-    for name in outer:
-        skeleton.unload(name)
-    return before, waiting
+
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        stage: MixedPrecision,
+        width: int,
+        groups: Mapping[str, Sequence[str]],
+        calibration: Sequence[Tensor],
+        journal: Journal,
+    ) -> None:
+        self._skeleton, self._stage, self._width = skeleton, stage, width
+        self._groups = groups
+        self._journal = journal
+        self._stops = [*map(skeleton.block_name, range(skeleton.num_blocks)), skeleton.end]
+        (compared,) = part_of([max(calibration, key=torch.numel)], NUM_COMPARED_TOKENS)
+        self._original = skeleton.forward_pass(compared)
+        self._inputs = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_INPUT_TOKENS)]
+        # As many as there are layers in all: what they hold while they wait must not grow with the depth.
+        budget = MemoryBudget(journal.folder / "waiting", 0)
+        self._changed = {leader: skeleton.forward_pass(compared, budget=budget) for leader in groups}
+        going_on = itertools.islice(self._changed.values(), sum(map(len, journal.entries)))
+        journal.begin_again_unless_whole(self._shapes([self._original, *self._inputs, *going_on]))
+        self.found = {
+            leader: Sensitivity.from_json(each) for entry in journal.entries for leader, each in entry.items()
+        }
+        self._waiting: dict[str, Tensor] = {}  # what passes of groups to come enter with, in the memory of `before`
+
+    def begin(self) -> None:
+        """Bring passes to the first block that is not finished, those of groups to come each to its own."""
+        skeleton, stops, first = self._skeleton, self._stops, self._journal.num_blocks
+        outer = skeleton.present(skeleton.architecture.before_blocks)
+        for name in outer:
+            skeleton.load(name)
+        with skeleton.skipped(stops[:first]):
+            for number, each in enumerate(self._followed()):
+                hidden = each.advance_to(stops[first])
+                if first:
+                    self._journal.activations.restore(first, number, hidden)
+                if each is self._original:
+                    self._before = hidden
+                each.rest()
+        for index, block in enumerate(stops[first:-1], first):
+            # A block's forward is looked up before its gate: what waits there will run it, whatever comes in its place.
+            with skeleton.skipped(stops[:index]):
+                for leader in self._leaders_in(block):
+                    self._waiting[leader] = self._changed[leader].advance_to(block)
+                    put(self._before, self._waiting[leader])
+                    self._changed[leader].rest()
+        for name in outer:
+            skeleton.unload(name)
+        self._unread = torch.zeros_like(self._before)
+
+    def pass_block(self, index: int) -> None:
+        """Bring every pass through a block; on the way, find out what its groups cost."""
+        block, following = self._stops[index], self._stops[index + 1]
+        keep, number = self._journal.activations.keep, itertools.count(1 + len(self._inputs))
+        self._skeleton.load(block)
+        for leader in self.found:
+            keep(index + 1, next(number), self._changed[leader].advance_to(following))
+            self._changed[leader].rest()
+        for leader in self._leaders_in(block):
+            keep(index + 1, next(number), self._pass_quantized(leader, following))
+            self._changed[leader].rest()
+        for which, each in enumerate([self._original, *self._inputs]):
+            hidden = each.advance_to(following)
+            keep(index + 1, which, hidden)
+            if each is self._original:
+                self._before = hidden
+        entry = {leader: self.found[leader].to_json() for leader in self._leaders_in(block)}
+        self._journal.finish_block(index, entry, self._shapes(self._followed()))
+        self._skeleton.unload(block)
+        release_memory()
+
+    def compare(self, progress: Callable[[float], None]) -> None:
+        """Bring all through the head, one after another, and note the divergences."""
+        for each in self._inputs:
+            each.abandon()
+        _compare(self._skeleton, self._original, self._changed, self.found, progress)
+
+    def _pass_quantized(self, leader: str, following: str) -> Tensor:
+        """Bring the pass of a group through its block, of which that group alone is quantized; what it brings out."""
+        skeleton = self._skeleton
+        originals = {name: skeleton.linear_weight(name) for name in self._groups[leader]}
+        inputs = [each.advance_to(leader) for each in self._inputs]
+        self.found[leader] = _quantize_alone(skeleton, self._stage, self._width, originals, inputs)
+        entered = self._waiting.pop(leader)
+        put(self._before.clone(), entered)
+        left = self._changed[leader].advance_to(following)
+        # The pass keeps what it entered with and reads it no more: without memory of its own, depth costs none.
+        if left is not entered:
+            put(self._unread, entered)
+        for name, weight in originals.items():
+            skeleton.assign_linear(name, weight)
+        return left
+
+    def _followed(self) -> list[ForwardPass]:
+        """Passes whose hidden states the journal keeps, in its order."""
+        return [self._original, *self._inputs, *(self._changed[leader] for leader in self.found)]
+
+    def _leaders_in(self, block: str) -> list[str]:
+        return [leader for leader in self._groups if leader.startswith(block + ".")]
+
+    def _shapes(self, passes: Iterable[ForwardPass]) -> list[torch.Size]:
+        """Of what passes bring from block to block."""
+        return [torch.Size([*each.input_shape, self._skeleton.hidden_size]) for each in passes]
 
 
 def _quantize_alone(

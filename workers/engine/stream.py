@@ -18,7 +18,7 @@ from workers.engine.layer import Layer
 from workers.engine.originals import Originals
 from workers.engine.outer import Outer
 from workers.engine.plan import make_plan
-from workers.engine.rescaling import take_over
+from workers.engine.rescaling import Rescaling
 from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
@@ -57,7 +57,7 @@ class Stream:
         self._plan: list[dict[str, float]] = [{} for _ in recipe.stages]  # of stages that treat layers differently
         self._originals = Originals(skeleton, [])
         self._gates: dict[str, Gate] = {}
-        self._changed: dict[str, Tensor] = {}  # parameters of the running block beside its linear weights
+        self._rescaling = Rescaling(skeleton)
 
     @torch.inference_mode()
     def run(self, calibration: Sequence[Tensor], probe: Tensor) -> Streamed:
@@ -271,7 +271,7 @@ class Stream:
         for index, stage in enumerate(self.recipe.stages):
             taken = [layer for layer in layers if not stage.ignores(layer.name)]
             if taken and stage.rescales_inputs:
-                self._rescale(stage, block, group, layers, taken, done)
+                self._rescaling.apply(stage, block, group, layers, done)
             for layer in taken:
                 metrics = self._stage_for(layer.name, index).compress(layer)
                 if layer.quantized is not None:
@@ -285,43 +285,6 @@ class Stream:
         """A stage as it is for this layer."""
         stage, choice = self.recipe.stages[index], self._plan[index].get(layer)
         return stage if choice is None else stage.at(choice)
-
-    def _rescale(
-        self,
-        stage: StageOptions,
-        block: str,
-        group: Sequence[str],
-        layers: list[Layer],
-        taken: list[Layer],
-        done: list[Layer],
-    ) -> None:
-        """Move a scale that the stage asks for from the input of ``layers``, of which it takes some, to its maker."""
-        checkpoint = self.skeleton.checkpoint
-        producer = self.skeleton.architecture.producer(group, checkpoint.config)
-        if producer is None:
-            return
-        name = f"{block}.{producer.name}"
-        if len(taken) < len(layers) or (producer.kind == "linear" and stage.ignores(name)):
-            for layer in taken:
-                layer.fall_back("input_scale", "its input is not rescaled: `ignore` spares a layer that would change")
-            return
-        scale = stage.input_scale(layers, producer)
-        if not all(layer.can_be_scaled(scale) for layer in layers):
-            for layer in layers:
-                layer.fall_back("input_scale", "its input is not rescaled: a weight would be beyond its type's range")
-            return
-        made = next((layer for layer in done if layer.name == name), None)
-        scale = take_over(producer, name, scale, self._stored, self._changed, made)
-        statistics = layers[0].statistics.scaled(scale)
-        for layer in layers:
-            layer.rescale(scale, statistics)
-
-    def _stored(self, name: str) -> Tensor | None:
-        """A parameter of the running block as the artifact will store it, unless it is a compressed weight."""
-        checkpoint = self.skeleton.checkpoint
-        if name in self._changed:
-            return self._changed[name]
-        return checkpoint.as_stored(name) if name in checkpoint.parameters(name) else None
 
     def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
         """Everything that the artifact stores of a block."""
@@ -337,8 +300,7 @@ class Stream:
         compressed = {f"{layer.name}.weight" for layer in layers}
         for name in self.skeleton.checkpoint.parameters(block + "."):
             if name not in compressed:
-                changed = self._changed.pop(name, None)
-                tensors[name] = self.skeleton.checkpoint.as_stored(name) if changed is None else changed
+                tensors[name] = self._rescaling.take(name)
         return tensors
 
     def _finish(self, probe_pass: ForwardPass) -> Tensor:

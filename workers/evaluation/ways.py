@@ -15,7 +15,7 @@ from workers.engine.by_block import ByBlock
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.size import weights_bytes
 from workers.formats.opening import Opened, check_loads, expand_archive, open_archive, open_checkpoint
-from workers.memory import free_bytes
+from workers.memory import free_bytes, waiting_bytes
 from workers.recipe import Recipe
 
 Way = Literal["whole", "by_block"]
@@ -31,7 +31,6 @@ _TOKENS_OF_SEQUENCES = 4096  # of an encoder's texts, which are read some at a t
 # Of what is free as certification begins: model code still to be imported, tokenizers, pieces of logits that are
 # compared, what allocators keep.
 _SPARE_BYTES = 192 << 20
-_MOST_WAITING_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -84,8 +83,8 @@ def choose_ways(work: Path, recipe: Recipe, device: torch.device, limit_bytes: i
         return Ways("whole", "whole", both, free, 0)
     alone = int(_WHOLE * artifact_bytes) + window_bytes + part_bytes
     if alone <= free and _WHOLE * artifact_bytes <= host_bytes:
-        return Ways("by_block", "whole", both, free, _waiting_bytes(free - alone))
-    return Ways("by_block", "by_block", both, free, _waiting_bytes(free - window_bytes - part_bytes))
+        return Ways("by_block", "whole", both, free, waiting_bytes(free - alone))
+    return Ways("by_block", "by_block", both, free, waiting_bytes(free - window_bytes - part_bytes))
 
 
 def open_original(work: Path, ways: Ways, device: torch.device) -> Opened | ByBlock:
@@ -150,8 +149,3 @@ def _reading_bytes(folder: Path, recipe: Recipe, original_bytes: int) -> tuple[i
         num_tokens, num_logits = max(num_tokens, _TOKENS_OF_SEQUENCES), 0
     window = _FLOAT32_BYTES * (_COPIES_OF_LOGITS * num_logits + _STATES_A_TOKEN * num_tokens * hidden_size)
     return window, max(original_bytes // num_blocks, _FLOAT32_BYTES * vocabulary_size * hidden_size)
-
-
-def _waiting_bytes(left_bytes: int) -> int:
-    """Half of what is left, as both models' texts wait."""
-    return max(0, min(_MOST_WAITING_BYTES, left_bytes // 4))

@@ -105,7 +105,7 @@ def input_quantizer(grid: Grid) -> Callable[[Tensor], Tensor]:
     """What every loader does to the input of a layer whose activations are quantized: by token, and back.
 
     ``grid`` is that of the layer's weight: activations are of the same 8-bit type. To the bit what the library's own
-    functions give, which write a new tensor for each of their steps: that took a fifth of all the time.
+    functions give, which write a new tensor for each of their steps.
     """
     code_type = torch.float8_e4m3fn if grid.is_float else torch.int8
     limits: torch.finfo | torch.iinfo = torch.finfo(code_type) if grid.is_float else torch.iinfo(code_type)

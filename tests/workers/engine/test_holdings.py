@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tests.models import write_tiny_model
 from tests.workers.attempts import compressed
 from tests.workers.test_architectures import LIKE_OTHERS, VARIANTS
-from workers import pipeline
+from workers import memory
 from workers.architectures import ARCHITECTURES
 from workers.engine import stream
 from workers.engine.holdings import Holdings, MemoryBudget
@@ -99,7 +99,7 @@ def test_the_budget_does_not_change_the_result(variant: str, tmp_path: Path, mon
         recipe["output"] = {"format": "safetensors"}
     monkeypatch.setattr(stream, "TOKENS_PER_PASS", 512)
     in_memory = compressed(tmp_path / "in_memory", tmp_path / "model", recipe)
-    monkeypatch.setattr(pipeline, "MOST_WAITING_BYTES", 0)
+    monkeypatch.setattr(memory, "MOST_WAITING_BYTES", 0)
     written: list[int] = []
     put_away = Holdings.put_away
 
