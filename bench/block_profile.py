@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.materials import smollm2
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.device import keep_freed_memory
+from workers.engine.device import keeping_freed_memory
 from workers.engine.skeleton import Skeleton
 
 
@@ -27,7 +27,6 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--max-seq-length", type=int, default=512)
     options = arguments.parse_args()
-    keep_freed_memory()
     checkpoint = Checkpoint(smollm2())
     architecture = architecture_of(checkpoint.config)
     skeleton = Skeleton(checkpoint, architecture, torch.device("cpu"))
@@ -36,7 +35,7 @@ def main() -> None:
         skeleton.load(name)
     body = skeleton.module(architecture.blocks.rpartition(".")[0])
     ids = torch.arange(options.samples * options.max_seq_length).view(options.samples, -1)
-    with skeleton.skipped(blocks[options.blocks :]):
+    with skeleton.skipped(blocks[options.blocks :]), keeping_freed_memory():
         body(input_ids=ids, **architecture.call_options)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
             body(input_ids=ids, **architecture.call_options)

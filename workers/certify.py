@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from workers.disk import write_json
-from workers.engine.device import compute_device, peak_device_memory_bytes
+from workers.engine.device import compute_device, peak_device_memory_bytes, return_freed_memory
 from workers.errors import CrashError, UserError, is_out_of_memory
 from workers.evaluation.held_out import HeldOut
 from workers.evaluation.size import Packed, layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
@@ -68,6 +68,7 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     ways = choose_ways(work, recipe, device, memory_limit_bytes)
     if warning := ways.warning():
         emit(warning)
+        return_freed_memory()
     original = open_original(work, ways, device)
     check_unchanged(work / "source")
     task = original.architecture.task

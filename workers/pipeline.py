@@ -20,7 +20,7 @@ from workers.architectures import architecture_of
 from workers.disk import write_json
 from workers.engine.change import check_changed
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.device import compute_device, keep_freed_memory
+from workers.engine.device import compute_device, return_freed_memory
 from workers.engine.journal import Journal
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
@@ -66,7 +66,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     """
     recipe = Recipe.model_validate(request["recipe"])
     torch.manual_seed(recipe.seed)
-    keep_freed_memory()
+    return_freed_memory()
     emit({"event": "progress", "fraction": 0.0, "stage": 0, "step": "load"})
     emit({"event": "stage", "index": 0, "status": "running", "metrics": {}})
     checkpoint = Checkpoint(work / "source" / "model", cast=getattr(torch, recipe.cast) if recipe.cast else None)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.device import release_memory
+from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.forward import ForwardPass, Gate, SharedTransform
 from workers.engine.skeleton import Skeleton
 from workers.errors import UserError
@@ -169,5 +169,6 @@ class ByBlock:
 
 
 def _advance(passes: Iterable[ForwardPass], name: str) -> None:
-    for each in passes:
-        each.advance_to(name)
+    with keeping_freed_memory():
+        for each in passes:
+            each.advance_to(name)

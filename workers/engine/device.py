@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 
 # Of malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-_MOST_KEPT_BYTES = (1 << 31) - 1
-# Activations of thousands of tokens are smaller; what is larger, as Hessians and embeddings are, goes back at once.
-_LARGE_BYTES = 1 << 25
+# Tensors above this go back to the system as soon as they are freed, but for those of forward passes.
+_LARGE_BYTES = 1 << 20
+# Of those too: activations of thousands of tokens are smaller.
+_LARGEST_KEPT_BYTES = 1 << 25
+_MOST_KEPT_BYTES = 1 << 30
 
 
 def compute_device() -> torch.device:
@@ -34,16 +37,28 @@ def peak_device_memory_bytes() -> int | None:
     return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
 
 
-def keep_freed_memory() -> None:
-    """Have this process keep what it frees, for its next use, until :func:`release_memory`.
+def return_freed_memory() -> None:
+    """Have this process give large tensors back to the system as soon as they are freed, from its first one on.
+
+    Solvers take matrices of many sizes. Left to itself the allocator would soon cut all of them out of one heap, and
+    the gaps between those in use, which nothing gives back, would grow by a fifth of what the process holds.
+    """
+    _set_thresholds(_LARGE_BYTES, _LARGE_BYTES)
+
+
+@contextmanager
+def keeping_freed_memory() -> Iterator[None]:
+    """Have this process, of which :func:`return_freed_memory` was asked, keep what it frees for its next use.
 
     A forward pass takes and frees tensors of the same sizes again and again. Where each goes back to the system at
     once, which clears the pages that it gives out, that is an eighth of the pass's time.
     """
-    set_option = _of_glibc("mallopt")
-    if set_option is not None:
-        set_option(_M_MMAP_THRESHOLD, _LARGE_BYTES)
-        set_option(_M_TRIM_THRESHOLD, _MOST_KEPT_BYTES)
+    _set_thresholds(_LARGEST_KEPT_BYTES, _MOST_KEPT_BYTES)
+    try:
+        yield
+    finally:
+        return_freed_memory()
+        release_memory()
 
 
 def release_memory() -> None:
@@ -53,6 +68,13 @@ def release_memory() -> None:
     trim = _of_glibc("malloc_trim")
     if trim is not None:
         trim(0)
+
+
+def _set_thresholds(large_bytes: int, kept_bytes: int) -> None:
+    set_option = _of_glibc("mallopt")
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, large_bytes)
+        set_option(_M_TRIM_THRESHOLD, kept_bytes)
 
 
 def _of_glibc(name: str) -> Callable[..., int] | None:

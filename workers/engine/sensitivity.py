@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.activations import put
-from workers.engine.device import release_memory
+from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.forward import ForwardPass, Gate
 from workers.engine.holdings import MemoryBudget
 from workers.engine.journal import Journal
@@ -170,17 +170,19 @@ class _Measurement:
         block, following = self._stops[index], self._stops[index + 1]
         keep, number = self._journal.activations.keep, itertools.count(1 + len(self._inputs))
         self._skeleton.load(block)
-        for leader in self.found:
-            keep(index + 1, next(number), self._changed[leader].advance_to(following))
-            self._changed[leader].rest()
+        with keeping_freed_memory():
+            for leader in self.found:
+                keep(index + 1, next(number), self._changed[leader].advance_to(following))
+                self._changed[leader].rest()
         for leader in self._leaders_in(block):
             keep(index + 1, next(number), self._pass_quantized(leader, following))
             self._changed[leader].rest()
-        for which, each in enumerate([self._original, *self._inputs]):
-            hidden = each.advance_to(following)
-            keep(index + 1, which, hidden)
-            if each is self._original:
-                self._before = hidden
+        with keeping_freed_memory():
+            for which, each in enumerate([self._original, *self._inputs]):
+                hidden = each.advance_to(following)
+                keep(index + 1, which, hidden)
+                if each is self._original:
+                    self._before = hidden
         entry = {leader: self.found[leader].to_json() for leader in self._leaders_in(block)}
         self._journal.finish_block(index, entry, self._shapes(self._followed()))
         self._skeleton.unload(block)

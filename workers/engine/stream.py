@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from workers.engine.device import release_memory
+from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.forward import ForwardPass, Gate, SharedTransform
 from workers.engine.holdings import MemoryBudget
 from workers.engine.journal import PLANNING, Journal, part_name
@@ -97,7 +97,7 @@ class Stream:
         compressed = [*passes, probe_pass]
         with self._timed("write"):
             self._outer.write()
-        with self._timed("forward"):
+        with self._timed("forward"), keeping_freed_memory():
             self._begin(blocks, compressed)
         for index in range(self.journal.num_blocks, len(blocks)):
             block = blocks[index]
@@ -106,8 +106,11 @@ class Stream:
             layers = self._compress_block(index, blocks, passes)
             with self._timed("write"):
                 self.journal.parts.write(part_name(index), self._tensors_of(block, layers))
+            del layers
+            release_memory()
             if index + 1 < len(blocks):
-                self._finish_block(index, blocks[index + 1], compressed)
+                with keeping_freed_memory():
+                    self._finish_block(index, blocks[index + 1], compressed)
             else:
                 with self._timed("forward"):
                     for each in passes:
@@ -115,7 +118,6 @@ class Stream:
                     self._originals.abandon()
                     probe_pass.advance_to(skeleton.end)
             skeleton.unload(block)
-            del layers
             release_memory()
             self.progress(block, index, len(blocks), (index + 1) / len(blocks))
         with self._timed("forward"):
@@ -197,8 +199,8 @@ class Stream:
         for number, group in enumerate(groups):
             leader = f"{block}.{group[0]}"
             self.progress(leader, index, len(blocks), (index + number / len(groups)) / len(blocks))
-            statistics = self._gather(leader, passes)
-            release_memory()
+            with keeping_freed_memory():
+                statistics = self._gather(leader, passes)
             layers = [self._layer(f"{block}.{name}", statistics) for name in group]
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from workers.engine.device import release_memory
+from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.forward import Gate
 from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
@@ -57,8 +57,9 @@ def survey(
             statistics = InputStatistics(
                 leader, skeleton.linear_weight(leader).shape[1], frozenset({"input_norms"}), skeleton.device
             )
-            for each in passes:
-                statistics.add(each.advance_to(leader))
+            with keeping_freed_memory():
+                for each in passes:
+                    statistics.add(each.advance_to(leader))
             statistics.finish()
             for layer in group:
                 name = f"{block}.{layer}"
