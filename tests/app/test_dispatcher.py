@@ -105,10 +105,10 @@ def test_a_pause_of_the_machine_gives_workers_a_full_lease(quick: Settings, data
 def test_reaping_goes_on_while_the_broker_is_down(quick: Settings, database: Database) -> None:
     job_id = lose_a_worker(database)
     insert_job(database)
-    dispatcher = Dispatcher(quick.model_copy(update={"lease_seconds": 0.0}), database)
     queue.connect(quick.model_copy(update={"redis_url": "redis://127.0.0.1:1/0"}))
     started_at = time.monotonic()
     assert queue.wake("cpu") is False
     assert time.monotonic() - started_at < 2
-    dispatcher.tick()
+    # After the wait above, which it would take for a pause of the machine.
+    Dispatcher(quick.model_copy(update={"lease_seconds": 0.0}), database).tick()
     assert read_job(database, job_id).status == "queued"
