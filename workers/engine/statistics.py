@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.errors import UserError
+from workers.solvers.activations import column_sums
 from workers.solvers.hessian import InverseFactor, NotPositiveDefiniteError, accumulate, inverse_factor, symmetrize
 from workers.techniques.options import Statistic
 
@@ -38,11 +39,12 @@ class InputStatistics:
         self.num_tokens += rows.shape[0]
         if self._hessian is not None:
             accumulate(self._hessian, rows)
-        if self._squares is not None:
-            self._squares += rows.square().sum(dim=0)
-        if self._absmax is not None:
-            torch.maximum(self._absmax, rows.abs().amax(dim=0), out=self._absmax)
-
+        if self._squares is not None or self._absmax is not None:
+            squares, largest = column_sums(rows)
+            if self._squares is not None:
+                self._squares += squares
+            if self._absmax is not None:
+                torch.maximum(self._absmax, largest, out=self._absmax)
         if self._drift is not None:
             assert original is not None
             self._drift.addmm_((original.reshape(rows.shape) - rows).T, rows)

@@ -229,12 +229,9 @@ class Stream:
 
     def _as_read(self, grid: Grid | None, scale: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """What becomes of a layer's input in the artifact: divided by ``scale``, then quantized if ``grid`` says so."""
-        quantize = None
         if grid is not None and self.recipe.quantizes_activations:
-            quantize = compressed_tensors.input_quantizer(grid)
-        if scale is None:
-            return quantize
-        return (lambda inputs: inputs / scale) if quantize is None else (lambda inputs: quantize(inputs / scale))
+            return compressed_tensors.input_quantizer(grid, scale)
+        return None if scale is None else (lambda inputs: inputs / scale)
 
     def _gather(self, leader: str, passes: list[ForwardPass]) -> InputStatistics | None:
         """Bring every pass to the layer ``leader`` and take in what it brought there."""

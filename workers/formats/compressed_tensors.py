@@ -14,6 +14,7 @@ from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
 from workers.recipe import Packing
+from workers.solvers.activations import round_tokens, token_scale
 from workers.solvers.quantization import Grid, QuantizedWeight
 
 
@@ -101,28 +102,31 @@ def quantization_config(
     }
 
 
-def input_quantizer(grid: Grid) -> Callable[[Tensor], Tensor]:
+def input_quantizer(grid: Grid, divisor: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """What every loader does to the input of a layer whose activations are quantized: by token, and back.
 
-    ``grid`` is that of the layer's weight: activations are of the same 8-bit type. To the bit what the library's own
-    functions give, which write a new tensor for each of their steps.
+    ``grid`` is that of the layer's weight: activations are of the same 8-bit type. ``divisor`` (columns) is what the
+    weight was multiplied by. To the bit what the library's own functions give, which write a new tensor for each of
+    their steps.
     """
-    code_type = torch.float8_e4m3fn if grid.is_float else torch.int8
-    limits: torch.finfo | torch.iinfo = torch.finfo(code_type) if grid.is_float else torch.iinfo(code_type)
-
     by_library = quantizer_of(_activations(grid))
 
     def quantize(inputs: Tensor) -> Tensor:
-        if inputs.ndim != 3:  # where a model has folded sequences together, "by token" means something else there
-            return by_library(inputs)
-        least, most = torch.aminmax(inputs, dim=-1, keepdim=True)
-        scale = torch.maximum(least.neg_(), most).clamp_(min=0).div_((limits.max - limits.min) / 2)
-        scale.masked_fill_(scale == 0, torch.finfo(scale.dtype).eps)
-        quantized = torch.div(inputs, scale).clamp_(limits.min, limits.max)
-        quantized = quantized.copy_(quantized.to(code_type)) if grid.is_float else quantized.round_()
-        return quantized.mul_(scale)
+        if inputs.ndim == 3 and not grid.is_float:
+            return round_tokens(inputs, divisor)
+        if divisor is not None:
+            inputs = inputs / divisor
+        # Where a model has folded sequences together, "by token" means something else to the library.
+        return _float_tokens(inputs) if inputs.ndim == 3 else by_library(inputs)
 
     return quantize
+
+
+def _float_tokens(inputs: Tensor) -> Tensor:
+    limit = torch.finfo(torch.float8_e4m3fn).max
+    scale = token_scale(inputs, limit)
+    quantized = torch.div(inputs, scale).clamp_(-limit, limit)
+    return quantized.copy_(quantized.to(torch.float8_e4m3fn)).mul_(scale)
 
 
 def quantizer_of(arguments: QuantizationArgs) -> Callable[[Tensor], Tensor]:

@@ -1,16 +1,9 @@
-"""The two inner loops of quantization, compiled for the CPU with numba.
+"""The inner loops of quantization and pruning, compiled for the CPU with numba.
 
-Every row of a weight is independent, so rows are dealt to plain threads that hold no lock while they compute.
-There is no barrier inside, unlike OpenMP's, whose waiting made these small operations many times slower when the
-other cores were busy; and the result is the same for every number of threads.
+Every row of a weight is independent, so rows are dealt to threads.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
-from itertools import pairwise
 
 import numpy as np
 import torch
@@ -18,6 +11,7 @@ from numba import njit
 from torch import Tensor
 
 from workers.solvers.hessian import squared_norm
+from workers.solvers.threads import over_parts
 
 # Sums may be reordered so that they vectorize; NaN and infinity keep their meaning.
 _FAST = {"reassoc", "contract", "arcp", "nsz"}
@@ -132,7 +126,7 @@ def search_scales(
             zeros[part],
         )  # fmt: skip
 
-    _over_rows(rows, search)
+    over_parts(rows, search)
     return torch.from_numpy(scales), torch.from_numpy(zeros)
 
 
@@ -202,7 +196,7 @@ def quantize_columns(
                 codes[part], errors[part],
             )  # fmt: skip
 
-        _over_rows(rows, quantize)
+        over_parts(rows, quantize)
         carried = torch.from_numpy(errors[:, : last - first])
         squared_error += squared_norm(carried)
         if last < columns:
@@ -266,22 +260,6 @@ def prune_columns(
     def prune(part: slice) -> None:
         _prune_rows(values[part], triangle, weights, pruned[part], keep, group_size, first, last, errors[part])
 
-    _over_rows(rows, prune)
+    over_parts(rows, prune)
     carried = torch.from_numpy(errors)
     return carried, squared_norm(carried)
-
-
-@lru_cache(maxsize=1)
-def _threads(num_threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(num_threads, thread_name_prefix="solver")
-
-
-def _over_rows(rows: int, work: Callable[[slice], None]) -> None:
-    """Run ``work`` over contiguous parts of the rows, one a thread."""
-    num_threads = max(1, min(torch.get_num_threads(), rows))
-    edges = [rows * index // num_threads for index in range(num_threads + 1)]
-    parts = [slice(start, stop) for start, stop in pairwise(edges)]
-    if num_threads == 1:
-        work(parts[0])
-    else:
-        list(_threads(torch.get_num_threads()).map(work, parts))

@@ -34,8 +34,15 @@ def wanda_mask(weight: Tensor, input_norms: Tensor, sparsity: float, pattern: tu
     rows, columns = weight.shape
     # Counts that add up to the whole matrix's, whatever the rounding of a single row.
     edges = torch.tensor([round(sparsity * columns * row) for row in range(rows + 1)], device=weight.device)
-    rank = torch.argsort(torch.argsort(score, dim=1, stable=True), dim=1)
-    return rank < edges.diff().unsqueeze(1)
+    counts = edges.diff().unsqueeze(1)
+    most = int(counts.max())
+    if most == 0:
+        return torch.zeros_like(score, dtype=torch.bool)
+    # Rows that are to lose one fewer lose one fewer of those that are equal to it.
+    last = score.kthvalue(most, dim=1, keepdim=True).values
+    below, equal = score < last, score == last
+    # The first of equal ones, on every machine.
+    return below | (equal & (equal.cumsum(dim=1) <= counts - below.sum(dim=1, keepdim=True)))
 
 
 def smallest_of_each_group(score: Tensor, n: int, m: int) -> Tensor:

@@ -58,5 +58,15 @@ def test_wanda_weighs_by_the_input() -> None:
     assert wanda_mask(weight, norms, 0.5, (2, 4)).tolist() == [[False, False, True, True]]
 
 
+@settings(max_examples=60, deadline=None)
+@given(seed=st.integers(0, 1000), sparsity=st.floats(0.0, 1.0), rows=st.integers(1, 9), columns=st.integers(1, 40))
+def test_wanda_takes_the_first_of_equal_scores(seed: int, sparsity: float, rows: int, columns: int) -> None:
+    weight = torch.randint(-2, 3, (rows, columns), generator=torch.Generator().manual_seed(seed)).float()
+    mask = wanda_mask(weight, torch.ones(columns), sparsity, None)
+    order = weight.abs().argsort(dim=1, stable=True)
+    for row in range(rows):
+        assert sorted(order[row, : int(mask[row].sum())].tolist()) == mask[row].nonzero().flatten().tolist()
+
+
 def test_equal_weights_are_pruned_in_a_fixed_order() -> None:
     assert magnitude_mask(torch.ones(2, 4), 0.5, None).flatten().tolist() == [True] * 4 + [False] * 4
