@@ -27,12 +27,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt_neox": {"intermediate_size": 128},
     "gpt2": {},
 }
+# Layers of the usual spread would change the logits of a model whose norms come after them by less than their rounding.
+OPT_350M = {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "init_std": 0.1}
 ENCODER_CONFIGS: dict[str, dict[str, Any]] = {"bert": ENCODER, "roberta": ENCODER, "distilbert": DISTILBERT}
 VARIANTS: dict[str, tuple[str, Task, dict[str, Any]]] = {
     **{name: (name, "causal", config) for name, config in CONFIGS.items()},
     "llama-untied": ("llama", "causal", {**KV, "tie_word_embeddings": False}),
     "llama-bias": ("llama", "causal", {**KV, "attention_bias": True, "mlp_bias": True}),
-    "opt-350m": ("opt", "causal", {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False}),
+    "opt-350m": ("opt", "causal", OPT_350M),
     "gpt_neox-serial": ("gpt_neox", "causal", {"intermediate_size": 128, "use_parallel_residual": False}),
     **{f"{name}-masked": (name, "masked", config) for name, config in ENCODER_CONFIGS.items()},
     **{

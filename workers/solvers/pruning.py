@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,15 @@ def wanda_mask(weight: Tensor, input_norms: Tensor, sparsity: float, pattern: tu
         return smallest_of_each_group(score, *pattern)
     rows, columns = weight.shape
     # Counts that add up to the whole matrix's, whatever the rounding of a single row.
-    edges = torch.tensor([round(sparsity * columns * row) for row in range(rows + 1)], device=weight.device)
-    counts = edges.diff().unsqueeze(1)
-    most = int(counts.max())
+    edges = [round(sparsity * columns * row) for row in range(rows + 1)]
+    by_row = [after - before for before, after in pairwise(edges)]
+    most = max(by_row)
     if most == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     # Rows that are to lose one fewer lose one fewer of those that are equal to it.
     last = score.kthvalue(most, dim=1, keepdim=True).values
     below, equal = score < last, score == last
+    counts = torch.tensor(by_row, device=weight.device).unsqueeze(1)
     # The first of equal ones, on every machine.
     return below | (equal & (equal.cumsum(dim=1) <= counts - below.sum(dim=1, keepdim=True)))
 
