@@ -21,6 +21,9 @@ NUM_CLIP_STEPS = 24
 SMALLEST_CLIP = 0.5
 # Rows whose scales are searched at a time where every try is a tensor of its own.
 _ROWS_AT_A_TIME = 1024
+# From here on the code that only one side has gains a twentieth of the squared error, and integer products, which are
+# of 8 bits, go on with positive scales.
+_MANY_BITS = 8
 
 
 FLOAT8 = torch.float8_e4m3fn
@@ -122,19 +125,19 @@ def choose_scales(
 
     Without ``clip_search`` the grid covers each group's extremes. With it, smaller ranges are tried too and the one
     with the least squared error wins, each column's error weighted by ``importance`` (float32, columns; the
-    diagonal of the Hessian). A symmetric grid has one more negative code than positive ones; the search also tries
-    negative scales, which put that code where the larger weights are.
+    diagonal of the Hessian). A symmetric grid has one more negative code than positive ones. Where there are few codes
+    scales may be negative, which puts that one where the larger weights are: without a search, on the largest, so that
+    steps are smaller by a sixteenth at 4 bits than those of compressed-tensors.
     """
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // grid.group_size, grid.group_size)
     if importance is None:
         importance = torch.ones(columns, dtype=torch.float32, device=weight.device)
     if clip_search and weight.device.type == "cpu":
-        shrink = torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS)
         return compiled.search_scales(
             groups.contiguous(),
             importance.view(-1, grid.group_size),
-            shrink,
+            _clips(grid),
             grid.lowest,
             grid.highest,
             symmetric=grid.symmetric,
@@ -146,7 +149,22 @@ def choose_scales(
             for rows in torch.split(groups, _ROWS_AT_A_TIME)
         ]
         return torch.cat([scale for scale, _ in parts]), torch.cat([zero_point for _, zero_point in parts])
+    if grid.symmetric and grid.num_bits < _MANY_BITS:
+        extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+        scale = _as_stored(extreme / grid.lowest, grid.scale_dtype)
+        return scale, torch.zeros_like(scale, dtype=torch.int8)
     return _scales_at(groups, grid, 1.0, negative=False)
+
+
+def _clips(grid: Grid) -> Tensor:
+    """The shares of a group's range that the search tries."""
+    clips = torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS)
+    # The one that has a single side's code on the largest weight, as there is without a search.
+    return (
+        torch.cat([clips, torch.tensor([(grid.highest - grid.lowest) / (-2.0 * grid.lowest)])])
+        if grid.symmetric
+        else clips
+    )
 
 
 def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> tuple[Tensor, Tensor]:
@@ -177,7 +195,7 @@ def _search_scales(groups: Tensor, importance: Tensor, *, grid: Grid) -> tuple[T
     """The same search as :func:`compiled.search_scales`, for devices other than the CPU."""
     best_scale, best_zero = _scales_at(groups, grid, 1.0, negative=False)
     best_error = torch.full_like(best_scale, torch.inf)
-    for shrink in torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS).tolist():
+    for shrink in _clips(grid).tolist():
         for negative in (False, True) if grid.symmetric else (False,):
             scale, zero_point = _scales_at(groups, grid, shrink, negative=negative)
             offset = zero_point.to(torch.float32).unsqueeze(-1)

@@ -8,7 +8,7 @@ from torch import Tensor
 from workers.solvers import compiled
 from workers.solvers.hessian import InverseFactor, Outcome, energy_of, squared_norm
 from workers.solvers.launching import LaunchedAsOne
-from workers.solvers.pruning import smallest_of_each_group, wanda_mask
+from workers.solvers.pruning import kth_smallest, smallest_of_each_group, wanda_mask
 
 BLOCK_COLUMNS = 128
 
@@ -42,21 +42,21 @@ def sparsegpt(
     # By the root of the loss, w / [H⁻¹]ⱼⱼ^½: the same order, and no square that is beyond float32. What is pruned of a
     # column whose input is always zero costs nothing.
     importance = torch.where(hessian.diagonal() == 0, 0.0, factor.factor.diagonal().reciprocal())
-    rows, columns = weight.shape
+    columns = weight.shape[1]
     solved = weight.clone(memory_format=torch.contiguous_format)
     mask = torch.zeros_like(solved, dtype=torch.bool) if zeros is None else zeros.contiguous().clone()
     block = BLOCK_COLUMNS
     if pattern is not None:
         block = pattern[1] * max(1, BLOCK_COLUMNS // pattern[1])  # no group of M lies in two blocks
-    squared_error, num_before = 0.0, 0
+    squared_error, num_left = 0.0, round(sparsity * weight.numel())
     for first in range(0, columns, block):
         last = min(first + block, columns)
         if pattern is None:
-            # A block is chosen when the errors of the earlier ones have reached it.
-            num_to_here = round(sparsity * (rows * last))
-            part = slice(first, last)
-            mask[:, part] |= _cheapest(solved[:, part], importance[part], mask[:, part], num_to_here - num_before)
-            num_before = num_to_here
+            # A block is chosen when the errors of the earlier ones have reached it, and gets as many zeros as are
+            # cheapest there among all columns to come: the paper has the same share of zeros in every block.
+            cheapest = _cheapest(solved[:, first:], importance[first:], mask[:, first:], num_left)[:, : last - first]
+            mask[:, first:last] |= cheapest
+            num_left -= int(cheapest.sum())
         errors, squared = prune(solved, factor.factor, importance, mask, pattern, first, last)
         squared_error += squared
         if last < columns:
@@ -71,7 +71,7 @@ def _cheapest(weight: Tensor, importance: Tensor, pruned: Tensor, count: int) ->
     flat = score.flatten()
     mask = torch.zeros_like(flat, dtype=torch.bool)
     if count > 0:
-        threshold = torch.kthvalue(flat, count).values
+        threshold = kth_smallest(flat, count)
         mask = flat < threshold
         # Equal scores are taken in order, so that the same places are pruned on every machine.
         equal = torch.nonzero(flat == threshold).flatten()
