@@ -33,6 +33,16 @@ def test_every_code_is_the_nearest_of_its_grid(symmetric: bool, num_bits: int, g
     torch.testing.assert_close(squared_error(weight, quantized.dequantize()), best, rtol=1e-4, atol=1e-10)
 
 
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 5, 7])
+def test_without_a_search_the_largest_weight_of_each_group_is_exact(num_bits: int) -> None:
+    weight, grid = weight_of(7), Grid(num_bits, 32, symmetric=True)
+    quantized = quantize_to_nearest(weight, grid, clip_search=False)
+    groups, restored = weight.view(-1, 32), quantized.dequantize().view(-1, 32)
+    largest = groups.abs().argmax(dim=1, keepdim=True)
+    torch.testing.assert_close(restored.gather(1, largest), groups.gather(1, largest), rtol=1e-6, atol=0)
+    assert set(quantized.codes.view(-1, 32).gather(1, largest).flatten().tolist()) == {grid.lowest}
+
+
 @settings(max_examples=25, deadline=None)
 @given(seed=st.integers(0, 10_000), symmetric=st.booleans(), num_bits=st.sampled_from([2, 3, 4, 8]))
 def test_the_clip_search_never_makes_a_group_worse(seed: int, symmetric: bool, num_bits: int) -> None:

@@ -51,6 +51,15 @@ def test_weights_are_those_of_the_algorithm_in_float64() -> None:
     torch.testing.assert_close(solved.double(), exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
 
 
+def test_columns_that_matter_less_lose_more() -> None:
+    columns = 2 * BLOCK_COLUMNS
+    weight, inputs = weight_of(32, columns), inputs_of(4, columns)
+    inputs[:, :BLOCK_COLUMNS] *= 10.0
+    _, mask, _ = solve(weight, inputs, 0.5, None)
+    assert int(mask.sum()) == weight.numel() // 2
+    assert float(mask[:, :BLOCK_COLUMNS].double().mean()) < 0.4
+
+
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, None), (0.8, None), (0.5, (2, 4)), (0.75, (1, 4))])
 def test_compensation_beats_wanda_and_wanda_beats_magnitude(sparsity: float, pattern: tuple[int, int] | None) -> None:
     inputs, weight = inputs_of(5, 256), weight_of(48, 256)
