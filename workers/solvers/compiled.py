@@ -64,8 +64,9 @@ def _search_rows(
             for value in group:
                 low = min(low, value)
                 high = max(high, value)
-            best_error = np.float32(np.inf)
-            best_scale, best_zero = np.float32(1.0), np.float32(0.0)
+            best_scale, best_zero = scales[row, index], np.float32(zeros[row, index])
+            # Where no error is a number, as of weights whose squares are none, this one remains.
+            best_error = _group_error(group, importance[index], best_scale, best_zero, low_code, high_code)
             for step in range(shrink.shape[0]):
                 for sign in range(2 if symmetric else 1):
                     # Factors first: twice a large weight, or the range of two, may be beyond float32.
@@ -85,8 +86,7 @@ def _search_rows(
                     if not symmetric:
                         zero = min(max(np.rint(low_code - low * shrink[step] / scale), low_code), high_code)
                     error = _group_error(group, importance[index], scale, zero, low_code, high_code)
-                    # Where no error is a number, as of weights whose squares are none, the grid covers the extremes.
-                    if error < best_error or (step == 0 and sign == 0):
+                    if error < best_error:
                         best_error, best_scale, best_zero = error, scale, zero
             scales[row, index] = best_scale
             zeros[row, index] = np.int8(best_zero)
@@ -100,6 +100,7 @@ def search_scales(
     groups: Tensor,
     importance: Tensor,
     shrink: Tensor,
+    covering: tuple[Tensor, Tensor],
     lowest: int,
     highest: int,
     *,
@@ -108,12 +109,12 @@ def search_scales(
 ) -> tuple[Tensor, Tensor]:
     """Scale and zero-point of least weighted squared error for each group.
 
-    ``groups`` is rows × groups × group_size and ``importance`` groups × group_size, both float32 on the CPU.
-    Returns float32 scales, already rounded to ``scale_dtype``, and int8 zero-points, both rows × groups.
+    ``groups`` is rows × groups × group_size and ``importance`` groups × group_size, both float32 on the CPU;
+    ``covering`` has the scales and zero-points that are to be improved on. Returns float32 scales, already rounded to
+    ``scale_dtype``, and int8 zero-points, both rows × groups.
     """
-    rows, num_groups, _ = groups.shape
-    scales = np.empty((rows, num_groups), dtype=np.float32)
-    zeros = np.empty((rows, num_groups), dtype=np.int8)
+    rows = groups.shape[0]
+    scales, zeros = (tensor.numpy().copy() for tensor in covering)
     values, weights, factors = groups.numpy(), importance.contiguous().numpy(), shrink.numpy()
     dropped = _DROPPED_BITS[scale_dtype]
     # Below its smallest normal number a type has even steps: in float16 an 8-bit scale soon is there.

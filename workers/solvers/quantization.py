@@ -137,7 +137,8 @@ def choose_scales(
         return compiled.search_scales(
             groups.contiguous(),
             importance.view(-1, grid.group_size),
-            _clips(grid),
+            torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS),
+            _covering(groups, grid),
             grid.lowest,
             grid.highest,
             symmetric=grid.symmetric,
@@ -149,22 +150,16 @@ def choose_scales(
             for rows in torch.split(groups, _ROWS_AT_A_TIME)
         ]
         return torch.cat([scale for scale, _ in parts]), torch.cat([zero_point for _, zero_point in parts])
-    if grid.symmetric and grid.num_bits < _MANY_BITS:
-        extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
-        scale = _as_stored(extreme / grid.lowest, grid.scale_dtype)
-        return scale, torch.zeros_like(scale, dtype=torch.int8)
-    return _scales_at(groups, grid, 1.0, negative=False)
+    return _covering(groups, grid)
 
 
-def _clips(grid: Grid) -> Tensor:
-    """The shares of a group's range that the search tries."""
-    clips = torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS)
-    # The one that has a single side's code on the largest weight, as there is without a search.
-    return (
-        torch.cat([clips, torch.tensor([(grid.highest - grid.lowest) / (-2.0 * grid.lowest)])])
-        if grid.symmetric
-        else clips
-    )
+def _covering(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """The grid that reaches to each group's extremes (groups: rows × groups × group_size)."""
+    if not grid.symmetric or grid.num_bits >= _MANY_BITS:
+        return _scales_at(groups, grid, 1.0, negative=False)
+    extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+    scale = _as_stored(extreme / grid.lowest, grid.scale_dtype)
+    return scale, torch.zeros_like(scale, dtype=torch.int8)
 
 
 def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> tuple[Tensor, Tensor]:
@@ -193,14 +188,18 @@ def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
 @LaunchedAsOne
 def _search_scales(groups: Tensor, importance: Tensor, *, grid: Grid) -> tuple[Tensor, ...]:
     """The same search as :func:`compiled.search_scales`, for devices other than the CPU."""
-    best_scale, best_zero = _scales_at(groups, grid, 1.0, negative=False)
-    best_error = torch.full_like(best_scale, torch.inf)
-    for shrink in _clips(grid).tolist():
+
+    def error_of(scale: Tensor, zero_point: Tensor) -> Tensor:
+        offset = zero_point.to(torch.float32).unsqueeze(-1)
+        codes = torch.round(groups / scale.unsqueeze(-1)).add_(offset).clamp_(grid.lowest, grid.highest)
+        return ((codes - offset) * scale.unsqueeze(-1) - groups).square_().mul_(importance).sum(dim=-1)
+
+    best_scale, best_zero = _covering(groups, grid)
+    best_error = error_of(best_scale, best_zero)
+    for shrink in torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS).tolist():
         for negative in (False, True) if grid.symmetric else (False,):
             scale, zero_point = _scales_at(groups, grid, shrink, negative=negative)
-            offset = zero_point.to(torch.float32).unsqueeze(-1)
-            codes = torch.round(groups / scale.unsqueeze(-1)).add_(offset).clamp_(grid.lowest, grid.highest)
-            error = ((codes - offset) * scale.unsqueeze(-1) - groups).square_().mul_(importance).sum(dim=-1)
+            error = error_of(scale, zero_point)
             better = error < best_error
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)

@@ -142,23 +142,15 @@ def test_compiled_columns_and_torch_columns_agree() -> None:
 
 @pytest.mark.parametrize("num_threads", [1, 2, 3])
 def test_the_result_does_not_depend_on_the_number_of_solver_threads(num_threads: int) -> None:
-    from workers.solvers import compiled
-
-    weight = torch.randn(7, 64, generator=torch.Generator().manual_seed(4))
+    weight, grid = torch.randn(7, 64, generator=torch.Generator().manual_seed(4)), Grid(4, 32, symmetric=True)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(num_threads)
-        found = compiled.search_scales(
-            weight.view(7, 2, 32), torch.ones(2, 32), torch.linspace(1, 0.5, 8), -8, 7,
-            symmetric=True, scale_dtype=torch.float32,
-        )  # fmt: skip
+        found, _ = choose_scales(weight, grid, clip_search=True)
     finally:
         torch.set_num_threads(before)
-    one, _ = compiled.search_scales(
-        weight[:1].view(1, 2, 32), torch.ones(2, 32), torch.linspace(1, 0.5, 8), -8, 7,
-        symmetric=True, scale_dtype=torch.float32,
-    )  # fmt: skip
-    assert torch.equal(found[0][:1], one)
+    one, _ = choose_scales(weight[:1], grid, clip_search=True)
+    assert torch.equal(found[:1], one)
 
 
 def test_the_weight_that_is_aimed_at_gives_the_original_output_on_the_changed_input() -> None:
