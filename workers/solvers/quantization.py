@@ -155,11 +155,14 @@ def choose_scales(
 
 def _covering(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The grid that reaches to each group's extremes (groups: rows × groups × group_size)."""
+    by_range, zero_point = _scales_at(groups, grid, 1.0, negative=False)
     if not grid.symmetric or grid.num_bits >= _MANY_BITS:
-        return _scales_at(groups, grid, 1.0, negative=False)
+        return by_range, zero_point
     extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
     scale = _as_stored(extreme / grid.lowest, grid.scale_dtype)
-    return scale, torch.zeros_like(scale, dtype=torch.int8)
+    # Rounded up, the scale of the largest numbers that there are would give back infinity.
+    is_finite = (scale * grid.lowest).to(grid.scale_dtype).isfinite()
+    return torch.where(is_finite, scale, by_range), zero_point
 
 
 def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> tuple[Tensor, Tensor]:
@@ -181,8 +184,9 @@ def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> 
 def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as the file will hold it, so that codes are chosen for the value that is read back."""
     stored = scale.to(dtype).to(torch.float32)
-    # A group of zeros, or one too small for the dtype: any scale gives codes of zero.
-    return torch.where(stored == 0, torch.ones_like(stored), stored)
+    # A group of zeros, or one too small for the dtype: any scale gives codes of zero. One that a solver left without
+    # numbers is named when the layer is done.
+    return torch.where((stored == 0) | ~stored.isfinite(), torch.ones_like(stored), stored)
 
 
 @LaunchedAsOne
