@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.materials import smollm2
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.device import keeping_freed_memory
+from workers.engine.device import keeping_freed_memory, return_freed_memory
 from workers.engine.skeleton import Skeleton
 
 
@@ -27,6 +27,7 @@ def main() -> None:
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--max-seq-length", type=int, default=512)
     options = arguments.parse_args()
+    return_freed_memory()
     checkpoint = Checkpoint(smollm2())
     architecture = architecture_of(checkpoint.config)
     skeleton = Skeleton(checkpoint, architecture, torch.device("cpu"))

@@ -24,15 +24,16 @@ def column_sums(rows: Tensor) -> tuple[Tensor, Tensor]:
         return rows.square().sum(dim=0, dtype=torch.float64), rows.abs().amax(dim=0)
     values = rows.contiguous().numpy()
     squares, largest = np.zeros(rows.shape[1], dtype=np.float64), np.zeros(rows.shape[1], dtype=np.float32)
-    over_parts(rows.shape[1], lambda part: _sum_columns(values[:, part], squares[part], largest[part]))
+    over_parts(rows.shape[1], lambda part: _sum_columns(values, part.start, part.stop, squares[part], largest[part]))
     return torch.from_numpy(squares), torch.from_numpy(largest)
 
 
 @njit(nogil=True, cache=True)
-def _sum_columns(values, squares, largest):
+def _sum_columns(values, first, last, squares, largest):
     for row in range(values.shape[0]):
-        for column in range(values.shape[1]):
-            value = values[row, column]
+        part = values[row, first:last]  # of whole rows: columns cut from a matrix are not read in wide pieces
+        for column in range(last - first):
+            value = part[column]
             squares[column] += np.float64(value) * np.float64(value)
             largest[column] = max(largest[column], abs(value))
 

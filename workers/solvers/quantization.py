@@ -21,9 +21,6 @@ NUM_CLIP_STEPS = 24
 SMALLEST_CLIP = 0.5
 # Rows whose scales are searched at a time where every try is a tensor of its own.
 _ROWS_AT_A_TIME = 1024
-# From here on the code that only one side has gains a twentieth of the squared error, and integer products, which are
-# of 8 bits, go on with positive scales.
-_MANY_BITS = 8
 
 
 FLOAT8 = torch.float8_e4m3fn
@@ -125,9 +122,9 @@ def choose_scales(
 
     Without ``clip_search`` the grid covers each group's extremes. With it, smaller ranges are tried too and the one
     with the least squared error wins, each column's error weighted by ``importance`` (float32, columns; the
-    diagonal of the Hessian). A symmetric grid has one more negative code than positive ones. Where there are few codes
-    scales may be negative, which puts that one where the larger weights are: without a search, on the largest, so that
-    steps are smaller by a sixteenth at 4 bits than those of compressed-tensors.
+    diagonal of the Hessian). A symmetric grid has one more negative code than positive ones. Scales may be negative,
+    which puts that one where the larger weights are: without a search on the largest, so that steps are smaller by a
+    sixteenth at 4 bits than those of compressed-tensors.
     """
     rows, columns = weight.shape
     groups = weight.reshape(rows, columns // grid.group_size, grid.group_size)
@@ -156,7 +153,7 @@ def choose_scales(
 def _covering(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The grid that reaches to each group's extremes (groups: rows × groups × group_size)."""
     by_range, zero_point = _scales_at(groups, grid, 1.0, negative=False)
-    if not grid.symmetric or grid.num_bits >= _MANY_BITS:
+    if not grid.symmetric:
         return by_range, zero_point
     extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
     scale = _as_stored(extreme / grid.lowest, grid.scale_dtype)

@@ -70,6 +70,7 @@ def _cheapest(weight: Tensor, importance: Tensor, pruned: Tensor, count: int) ->
     score[pruned] = -1.0
     flat = score.flatten()
     mask = torch.zeros_like(flat, dtype=torch.bool)
+    count = min(count, len(flat))  # more are left where weights that are no numbers were not taken
     if count > 0:
         threshold = kth_smallest(flat, count)
         mask = flat < threshold

@@ -33,7 +33,7 @@ def test_every_code_is_the_nearest_of_its_grid(symmetric: bool, num_bits: int, g
     torch.testing.assert_close(squared_error(weight, quantized.dequantize()), best, rtol=1e-4, atol=1e-10)
 
 
-@pytest.mark.parametrize("num_bits", [2, 3, 4, 5, 7])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 5, 8])
 def test_without_a_search_the_largest_weight_of_each_group_is_exact(num_bits: int) -> None:
     weight, grid = weight_of(7), Grid(num_bits, 32, symmetric=True)
     quantized = quantize_to_nearest(weight, grid, clip_search=False)

@@ -60,6 +60,15 @@ def test_columns_that_matter_less_lose_more() -> None:
     assert float(mask[:, :BLOCK_COLUMNS].double().mean()) < 0.4
 
 
+def test_weights_that_are_no_numbers_stay_and_do_not_end_the_job() -> None:
+    """A later check names them, with the layer."""
+    weight = weight_of(8, 3 * BLOCK_COLUMNS)
+    weight[0, 0] = torch.inf
+    weight[:, BLOCK_COLUMNS:] = torch.nan
+    solved, mask, _ = solve(weight, inputs_of(4, 3 * BLOCK_COLUMNS), 0.9, None)
+    assert not bool(mask[solved.isnan()].any())
+
+
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, None), (0.8, None), (0.5, (2, 4)), (0.75, (1, 4))])
 def test_compensation_beats_wanda_and_wanda_beats_magnitude(sparsity: float, pattern: tuple[int, int] | None) -> None:
     inputs, weight = inputs_of(5, 256), weight_of(48, 256)
