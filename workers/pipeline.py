@@ -157,7 +157,7 @@ def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:
 
 def _calibration(work: Path, recipe: Recipe, tokenizer: Any, skeleton: Skeleton, emit: Emit) -> list[Tensor]:
     """Samples × tokens for each length of samples; nothing where no stage needs them."""
-    if not recipe.statistics:
+    if not recipe.needs_calibration:
         return []
     wanted, param = recipe.calibration, "recipe.calibration.dataset"
     documents = read_documents(work / "source" / "calibration.jsonl")

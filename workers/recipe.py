@@ -178,9 +178,23 @@ class Recipe(_Part):
 
     @property
     def statistics(self) -> frozenset[Statistic]:
-        """What the stages need from calibration."""
-        planning: frozenset[Statistic] = frozenset({"input_norms"} if self.plan_share else ())
-        return planning.union(*(stage.needs for stage in self.stages))
+        """What the stages want to know of every layer's input."""
+        return frozenset().union(*(stage.needs for stage in self.stages))
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether text is run through the model: for the stages, or for a plan of how to treat each layer."""
+        return bool(self.statistics or self.plan_share)
+
+    @property
+    def calibrates_on_original(self) -> bool:
+        """Whether calibration text goes through the layers as they were, and not through those compressed before.
+
+        Where norms of inputs are all that is asked for, nothing makes up for what earlier layers have lost, and at 50 %
+        the original's choose better. For N:M masks, which cost more, they do not (docs/performance.md).
+        """
+        has_patterns = any(isinstance(stage, PruningOptions) and stage.pattern is not None for stage in self.stages)
+        return self.statistics == {"input_norms"} and not has_patterns
 
     @property
     def plan_share(self) -> float:

@@ -163,7 +163,7 @@ def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, 
         )
     calibration, evaluation = submission.recipe.calibration, submission.recipe.evaluation
     if (
-        submission.recipe.statistics
+        submission.recipe.needs_calibration
         and evaluation.dataset != BUILTIN_DATASET
         and is_one_source(calibration, evaluation)
         and not evaluation.allow_overlap

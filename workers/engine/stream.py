@@ -79,7 +79,7 @@ class Stream:
                 shutil.rmtree(self.journal.folder / PLANNING, ignore_errors=True)
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
         stops = {*blocks, skeleton.end}
-        if calibration:
+        if self.recipe.statistics:
             stops |= {f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups}
         gated = [
             *blocks,
@@ -88,10 +88,12 @@ class Stream:
         ]
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = skeleton.forward_pass(probe)
-        batches = [ids for samples in calibration for ids in _batches(samples)]
+        batches = [ids for samples in calibration for ids in _batches(samples)] if self.recipe.statistics else []
         budget = MemoryBudget(self.journal.folder / "waiting", self._waiting_bytes)
-        passes = [skeleton.forward_pass(ids, budget=budget) for ids in batches]
-        if "drift" in self.recipe.statistics:
+        passes = []
+        if not self.recipe.calibrates_on_original:
+            passes = [skeleton.forward_pass(ids, budget=budget) for ids in batches]
+        if self.recipe.calibrates_on_original or "drift" in self.recipe.statistics:
             originals = [skeleton.forward_pass(ids, heeds_transforms=False, budget=budget) for ids in batches]
             self._originals = Originals(skeleton, originals)
         compressed = [*passes, probe_pass]
@@ -235,20 +237,21 @@ class Stream:
 
     def _gather(self, leader: str, passes: list[ForwardPass]) -> InputStatistics | None:
         """Bring every pass to the layer ``leader`` and take in what it brought there."""
-        if not passes:
+        originals = self._originals.passes
+        if not (passes or originals):
             return None
         in_features = self.skeleton.linear_weight(leader).shape[1]
         statistics = InputStatistics(leader, in_features, self.recipe.statistics, self.skeleton.device)
-        for number, each in enumerate(passes):
+        for number in range(len(passes or originals)):
             with self._timed("forward"):
-                original = self._originals.advance(number, leader) if self._originals.passes else None
-                inputs = each.advance_to(leader)
+                original = self._originals.advance(number, leader) if originals else None
+                inputs = passes[number].advance_to(leader) if passes else original
             with self._timed("statistics"):
+                assert inputs is not None
                 statistics.add(inputs, original)
             with self._timed("forward"):
-                each.rest()
-                if original is not None:
-                    self._originals.passes[number].rest()
+                for each in (*passes[number : number + 1], *originals[number : number + 1]):
+                    each.rest()
         self._originals.are_past()
         statistics.finish()
         return statistics

@@ -48,7 +48,7 @@ def write_texts(
     Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`.
     """
     calibration, evaluation = recipe.calibration, recipe.evaluation
-    needs_calibration = bool(recipe.statistics)
+    needs_calibration = recipe.needs_calibration
     calibration_budget = calibration.num_samples * calibration.max_seq_length if needs_calibration else 0
     with (
         _TextFile(folder / "calibration.jsonl", calibration_budget) as calibrating,
