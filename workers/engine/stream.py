@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -197,12 +198,18 @@ class Stream:
         groups = self.skeleton.architecture.linear_groups
         block = blocks[index]
         done: list[Layer] = []
+        gathered: deque[InputStatistics | None] = deque()
         self.result.blocks.append(PartResult.empty(len(self.recipe.stages)))
         for number, group in enumerate(groups):
-            leader = f"{block}.{group[0]}"
-            self.progress(leader, index, len(blocks), (index + number / len(groups)) / len(blocks))
-            with keeping_freed_memory():
-                statistics = self._gather(leader, passes)
+            if not gathered:
+                # What the original reads does not wait for the groups before to be compressed.
+                num_groups = len(groups) if self.recipe.calibrates_on_original else 1
+                with keeping_freed_memory():
+                    for each in range(number, number + num_groups):
+                        leader = f"{block}.{groups[each][0]}"
+                        self.progress(leader, index, len(blocks), (index + each / len(groups)) / len(blocks))
+                        gathered.append(self._gather(leader, passes))
+            statistics = gathered.popleft()
             layers = [self._layer(f"{block}.{name}", statistics) for name in group]
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)

@@ -18,11 +18,7 @@ def magnitude_mask(weight: Tensor, sparsity: float, pattern: tuple[int, int] | N
     magnitude = weight.abs()
     if pattern is not None:
         return smallest_of_each_group(magnitude, *pattern)
-    count = round(sparsity * weight.numel())
-    mask = torch.zeros(weight.numel(), dtype=torch.bool, device=weight.device)
-    # A stable order, so that equal weights are pruned in the same places on every machine.
-    mask[torch.argsort(magnitude.flatten(), stable=True)[:count]] = True
-    return mask.view_as(weight)
+    return _smallest_of_rows(magnitude.reshape(1, -1), [round(sparsity * weight.numel())]).view_as(weight)
 
 
 def wanda_mask(weight: Tensor, input_norms: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
@@ -37,16 +33,20 @@ def wanda_mask(weight: Tensor, input_norms: Tensor, sparsity: float, pattern: tu
     rows, columns = weight.shape
     # Counts that add up to the whole matrix's, whatever the rounding of a single row.
     edges = [round(sparsity * columns * row) for row in range(rows + 1)]
-    by_row = [after - before for before, after in pairwise(edges)]
-    most = max(by_row)
+    return _smallest_of_rows(score, [after - before for before, after in pairwise(edges)])
+
+
+def _smallest_of_rows(score: Tensor, counts: list[int]) -> Tensor:
+    """True for the smallest of each row of ``score`` (rows × columns): ``counts`` of them, one number or one less."""
+    most = max(counts)
     if most == 0:
         return torch.zeros_like(score, dtype=torch.bool)
     # Rows that are to lose one fewer lose one fewer of those that are equal to it.
     last = kth_smallest(score, most)
     below, equal = score < last, score == last
-    counts = torch.tensor(by_row, device=weight.device).unsqueeze(1)
+    wanted = torch.tensor(counts, device=score.device).unsqueeze(1)
     # The first of equal ones, on every machine.
-    return below | (equal & (equal.cumsum(dim=1) <= counts - below.sum(dim=1, keepdim=True)))
+    return below | (equal & (equal.cumsum(dim=1) <= wanted - below.sum(dim=1, keepdim=True)))
 
 
 def kth_smallest(values: Tensor, k: int) -> Tensor:

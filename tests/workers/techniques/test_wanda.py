@@ -48,7 +48,7 @@ def zeros_of(attempt: Attempt) -> dict[str, Tensor]:
 
 def num_different(found: Tensor, score: Tensor, group_size: int) -> int:
     """How many weights are zero without being in the lower half of their group, or the other way round."""
-    groups = score.unflatten(-1, (-1, group_size))
+    groups = score.reshape(score.shape[0], -1, group_size)
     # Of an even number the median is the lower of the two in the middle.
     return int((found != (groups <= groups.median(dim=-1, keepdim=True).values).flatten(-2)).sum())
 
