@@ -238,6 +238,23 @@ def test_groups_whose_squares_are_no_numbers_are_rounded_like_others(model: Path
     assert not torch.equal(codes[0], codes[1])
 
 
+@pytest.mark.parametrize("stages", [[SPARSEGPT], [SPARSEGPT, RECIPES["nearest"][0]]], ids=["alone", "rounded"])
+def test_errors_that_cannot_be_carried_on_are_not_and_it_is_said(
+    stages: list[dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    """What is left of the layer is still there: half of it, and not zeros alone."""
+    attempt = prepared(tmp_path / "work", model, stages, filled([DOWN], 3e38))
+    run(attempt)
+    fallbacks = attempt.report["stages"][0]["fallbacks"]
+    assert [(each["layer"], each["code"]) for each in fallbacks] == [(DOWN.removesuffix(".weight"), "overflow")]
+    stored = load_file(attempt.artifact / "model.safetensors")
+    if DOWN in stored:
+        assert float((stored[DOWN] > 1e38).float().mean()) == pytest.approx(0.5, abs=0.01)
+    else:
+        nothing = torch.tensor(-0x77777778, dtype=torch.int32)  # eight codes that stand for zero
+        assert float((stored[DOWN + "_packed"] != nothing).float().mean()) > 0.4
+
+
 def test_a_scale_that_no_weight_could_take_is_left_out_and_said(model: Path, tmp_path: Path) -> None:
     attempt = prepared(tmp_path / "work", model, RECIPES["smoothquant"], filled([DOWN], 3e38))
     compress(attempt.work, attempt.request, attempt.events.append)

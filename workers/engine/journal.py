@@ -23,6 +23,8 @@ from workers.engine.activations import Activations
 from workers.formats.parts import Parts
 
 PLANNING = "planning"  # the inner journal of what is decided before the first block
+# Of what a journal's hidden states, parts and entries stand for: raised where that changes within a version of Attar.
+REVISION = 2
 _IDENTITY = "identity.json"
 _READ_BYTES = 1 << 24
 
@@ -41,8 +43,10 @@ class Journal:
     def __init__(self, folder: Path, identity: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
         """Open ``folder`` and keep what is complete there, if it is of the same ``identity`` (a JSON object).
 
-        ``fingerprint`` is what blocks are made under from now on; that of an earlier attempt may be another.
+        And of this :data:`REVISION`. ``fingerprint`` is what blocks are made under from now on; that of an earlier
+        attempt may be another.
         """
+        identity = {**identity, "journal": REVISION}
         self.folder = folder
         self.fingerprint = dict(fingerprint)
         self.fingerprints: list[dict[str, Any]] = []  # of the finished blocks

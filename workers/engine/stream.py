@@ -214,7 +214,8 @@ class Stream:
             with self._timed("solve"):
                 self._apply_stages(block, group, layers, done)
             for layer in layers:
-                self._originals.remember(layer.name)
+                if not gathered:  # else all passes are past it
+                    self._originals.remember(layer.name)
                 # From here on there is one copy of the weight: what was solved is not needed any more.
                 layer.weight, layer.input_statistics = layer.effective_weight(), None
                 self.skeleton.assign_linear(layer.name, layer.weight)

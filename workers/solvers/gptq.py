@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,8 +27,9 @@ def gptq(
     """Quantize ``weight`` (float32, rows × K) so that its product with the calibration inputs changes least.
 
     ``hessian`` is K × K and symmetric, ``factor`` what :func:`workers.solvers.hessian.inverse_factor` made of it, or
-    None to round to nearest. Scales are chosen before any column changes (static groups), so a column keeps its
-    group whatever the order. Pruned weights (``zeros``) stay exactly zero and their error is compensated as well.
+    None to round to nearest, as is done where errors cannot be carried on within float32. Scales are chosen before any
+    column changes (static groups), so a column keeps its group whatever the order. Pruned weights (``zeros``) stay
+    exactly zero and their error is compensated as well.
     """
     if factor is None:
         quantized = quantize_to_nearest(weight, grid, clip_search=clip_search, zeros=zeros)
@@ -45,6 +48,8 @@ def gptq(
         ordered, factor.factor, scale, zero_point, group_of, pruned, grid.lowest, grid.highest, BLOCK_COLUMNS
     )
     del ordered
+    if not math.isfinite(squared_error):  # somewhere the errors that were carried on left float32
+        return gptq(weight, hessian, None, grid, clip_search=clip_search, zeros=zeros)
     restored = torch.empty_like(codes)
     restored[:, order] = codes
     quantized = QuantizedWeight(restored, scale, zero_point, grid)

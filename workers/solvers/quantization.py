@@ -181,8 +181,7 @@ def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> 
 def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """The scale as the file will hold it, so that codes are chosen for the value that is read back."""
     stored = scale.to(dtype).to(torch.float32)
-    # A group of zeros, or one too small for the dtype: any scale gives codes of zero. One that a solver left without
-    # numbers is named when the layer is done.
+    # A group of zeros, or one too small for the dtype: any scale gives codes of zero.
     return torch.where((stored == 0) | ~stored.isfinite(), torch.ones_like(stored), stored)
 
 

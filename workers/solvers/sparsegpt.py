@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,8 @@ from workers.solvers.launching import LaunchedAsOne
 from workers.solvers.pruning import kth_smallest, smallest_of_each_group, wanda_mask
 
 BLOCK_COLUMNS = 128
+# Weights that say where the bar lies for all columns to come, where there are more.
+NUM_COMPARED = 1 << 18
 
 
 def sparsegpt(
@@ -25,7 +29,8 @@ def sparsegpt(
     """Prune ``weight`` (float32, rows × K) so that its product with the calibration inputs changes least.
 
     ``hessian`` is K × K and symmetric; ``factor`` what :func:`workers.solvers.hessian.inverse_factor` made of it in the
-    order of the columns, or None to choose as Wanda does and compensate nothing. ``zeros`` are weights that an earlier
+    order of the columns, or None to choose as Wanda does and compensate nothing, as is done where compensation leaves
+    float32. ``zeros`` are weights that an earlier
     stage pruned: they count towards ``sparsity`` and stay zero.
 
     Returns the new weight, the mask of its zeros, and the outcome. Exactly ``round(sparsity · weights)`` become zero
@@ -54,30 +59,50 @@ def sparsegpt(
         if pattern is None:
             # A block is chosen when the errors of the earlier ones have reached it, and gets as many zeros as are
             # cheapest there among all columns to come: the paper has the same share of zeros in every block.
-            cheapest = _cheapest(solved[:, first:], importance[first:], mask[:, first:], num_left)[:, : last - first]
+            cheapest = _cheapest(solved[:, first:], importance[first:], mask[:, first:], num_left, last - first)
             mask[:, first:last] |= cheapest
             num_left -= int(cheapest.sum())
         errors, squared = prune(solved, factor.factor, importance, mask, pattern, first, last)
         squared_error += squared
         if last < columns:
             solved[:, last:].addmm_(errors, factor.factor[first:last, last:], alpha=-1.0)
+    if not math.isfinite(squared_error + squared_norm(solved)):  # somewhere what was carried on left float32
+        return sparsegpt(weight, hessian, None, sparsity, pattern, zeros=zeros)
     return solved, mask, Outcome.solved(weight - solved, squared_error, energy, factor)
 
 
-def _cheapest(weight: Tensor, importance: Tensor, pruned: Tensor, count: int) -> Tensor:
-    """The ``count`` weights (rows × columns) whose loss costs least; those already ``pruned`` first."""
-    score = weight.abs() * importance
-    score[pruned] = -1.0
-    flat = score.flatten()
-    mask = torch.zeros_like(flat, dtype=torch.bool)
-    count = min(count, len(flat))  # more are left where weights that are no numbers were not taken
-    if count > 0:
-        threshold = kth_smallest(flat, count)
-        mask = flat < threshold
-        # Equal scores are taken in order, so that the same places are pruned on every machine.
-        equal = torch.nonzero(flat == threshold).flatten()
-        mask[equal[: count - int(mask.sum())]] = True
-    return mask.view_as(weight)
+def _cheapest(weight: Tensor, importance: Tensor, pruned: Tensor, count: int, num_columns: int) -> Tensor:
+    """Which of the first ``num_columns`` are among the ``count`` weights (rows × columns) whose loss costs least.
+
+    Those already ``pruned`` come first. Where the bar lies is told by some of the rows if there are many weights, other
+    ones for each number of columns: what it is off by, the columns after these make up for, as they get what is left.
+    """
+    rows, columns = weight.shape
+    here = _loss(weight[:, :num_columns], importance[:num_columns], pruned[:, :num_columns]).flatten()
+    num_later = rows * (columns - num_columns)
+    wanted = min(count, len(here))
+    if num_later > 0:
+        step = min(rows, -(-weight.numel() // NUM_COMPARED))
+        some = slice(columns // max(1, num_columns) % step, None, step)
+        compared = _loss(weight[some], importance, pruned[some]).flatten()
+        place = min(len(compared), max(1, round(count * len(compared) / weight.numel())))
+        bar = kth_smallest(compared, place)
+        # Of equal ones as large a part here as everywhere.
+        share = (place - int((compared < bar).sum())) / max(1, int((compared == bar).sum()))
+        found = int((here < bar).sum()) + round(share * int((here == bar).sum()))
+        wanted = min(max(found, count - num_later), wanted)
+    if wanted <= 0:
+        return torch.zeros_like(pruned[:, :num_columns])
+    most = kth_smallest(here, wanted)
+    mask = here < most
+    # Equal ones are taken in order, so that the same places are pruned on every machine.
+    equal = torch.nonzero(here == most).flatten()
+    mask[equal[: wanted - int(mask.sum())]] = True
+    return mask.view(rows, -1)
+
+
+def _loss(weight: Tensor, importance: Tensor, pruned: Tensor) -> Tensor:
+    return (weight.abs() * importance).masked_fill_(pruned, -1.0)
 
 
 def _prune_columns(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
@@ -10,7 +11,7 @@ from workers.techniques.options import QuantizationOptions, StageOptions, Statis
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
-    from workers.solvers.hessian import InverseFactor
+    from workers.solvers.hessian import InverseFactor, Outcome
 
 
 class SecondOrder(StageOptions):
@@ -45,14 +46,23 @@ class SecondOrder(StageOptions):
 
         None if no damping makes the Hessian usable; the report then says that the layer is ``otherwise``.
         """
-        from workers.solvers.hessian import towards_original
+        from workers.solvers.hessian import squared_norm, towards_original
 
         factor = layer.statistics.inverse_factor(act_order=act_order, damping=self.damping)
         if factor is None:
             layer.fall_back("hessian_not_positive_definite", f"{otherwise}: no damping made the Hessian usable")
         elif self.asymmetric_calibration:
-            layer.weight = towards_original(layer.weight, layer.statistics.drift, factor)
+            moved = towards_original(layer.weight, layer.statistics.drift, factor)
+            if math.isfinite(squared_norm(moved)):
+                layer.weight = moved
+            else:
+                layer.fall_back("overflow", "aimed at the output on its own input: the other is beyond float32")
         return factor
+
+    def note_overflow(self, layer: Layer, factor: InverseFactor | None, outcome: Outcome, *, otherwise: str) -> None:
+        """Have the report say if the solver had ``factor`` and made up for no errors all the same."""
+        if factor is not None and outcome.damping is None:
+            layer.fall_back("overflow", f"{otherwise}: errors that were carried on are beyond float32")
 
 
 class SecondOrderQuantization(SecondOrder, QuantizationOptions):
@@ -73,7 +83,8 @@ class SecondOrderQuantization(SecondOrder, QuantizationOptions):
         """Quantize ``layer`` with the Hessian of its input."""
         from workers.solvers.gptq import gptq
 
-        factor = self.prepare(layer, act_order=self.act_order, otherwise="rounded to nearest")
+        otherwise = "rounded to nearest"
+        factor = self.prepare(layer, act_order=self.act_order, otherwise=otherwise)
         layer.quantized, outcome = gptq(
             layer.weight,
             layer.statistics.hessian,
@@ -82,4 +93,5 @@ class SecondOrderQuantization(SecondOrder, QuantizationOptions):
             clip_search=self.clip_search,
             zeros=layer.zeros,
         )
+        self.note_overflow(layer, factor, outcome, otherwise=otherwise)
         return outcome.to_metrics()

@@ -25,9 +25,11 @@ class SparseGPT(SecondOrder, PruningOptions):
         from workers.solvers.sparsegpt import sparsegpt
 
         assert self.sparsity is not None
-        factor = self.prepare(layer, act_order=False, otherwise="pruned as Wanda does")
+        otherwise = "pruned as Wanda does"
+        factor = self.prepare(layer, act_order=False, otherwise=otherwise)
         weight, mask, outcome = sparsegpt(
             layer.weight, layer.statistics.hessian, factor, self.sparsity, self.pattern, zeros=layer.zeros
         )
+        self.note_overflow(layer, factor, outcome, otherwise=otherwise)
         num_pruned = layer.replace_pruned(weight, mask)
         return {"num_pruned": num_pruned, "sparsity": self.sparsity_of(layer), **outcome.to_metrics()}

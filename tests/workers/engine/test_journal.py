@@ -216,7 +216,7 @@ def test_the_journal_of_another_recipe_is_refused(model: Path, expected: dict[st
     assert digests(mine) == expected
 
 
-@pytest.mark.parametrize("part", ["attar", "model", "data"])
+@pytest.mark.parametrize("part", ["attar", "model", "data", "journal"])
 def test_the_journal_of_another_version_revision_or_text_is_refused(
     part: str, model: Path, expected: dict[str, str], tmp_path: Path
 ) -> None:

@@ -60,13 +60,32 @@ def test_columns_that_matter_less_lose_more() -> None:
     assert float(mask[:, :BLOCK_COLUMNS].double().mean()) < 0.4
 
 
-def test_weights_that_are_no_numbers_stay_and_do_not_end_the_job() -> None:
-    """A later check names them, with the layer."""
-    weight = weight_of(8, 3 * BLOCK_COLUMNS)
-    weight[0, 0] = torch.inf
-    weight[:, BLOCK_COLUMNS:] = torch.nan
-    solved, mask, _ = solve(weight, inputs_of(4, 3 * BLOCK_COLUMNS), 0.9, None)
-    assert not bool(mask[solved.isnan()].any())
+def test_errors_that_leave_float32_are_not_carried_on() -> None:
+    """Inputs that are nearly the same carry all of an error on, and a weight near the end of float32 is soon beyond."""
+    inputs, weight = inputs_of(4, 2 * BLOCK_COLUMNS), torch.full((8, 2 * BLOCK_COLUMNS), 3e38)
+    hessian = hessian_of(inputs)
+    factor = inverse_factor(hessian, act_order=False, damping=0.01)
+    solved, mask, outcome = sparsegpt(weight, hessian, factor, 0.5, None)
+    assert outcome.damping is None
+    assert int(mask.sum()) == weight.numel() // 2
+    assert torch.equal(solved, torch.where(mask, 0.0, weight))
+
+
+def test_a_bar_told_by_some_of_the_rows_is_nearly_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs = weight_of(256, 4 * BLOCK_COLUMNS), inputs_of(4, 4 * BLOCK_COLUMNS)
+    inputs[:, :BLOCK_COLUMNS] *= 3.0
+    _, mask, error = solve(weight, inputs, 0.5, None)
+    monkeypatch.setattr("workers.solvers.sparsegpt.NUM_COMPARED", 16 * 4 * BLOCK_COLUMNS)  # 16 of the rows
+    _, told, about = solve(weight, inputs, 0.5, None)
+    assert int(told.sum()) == int(mask.sum()) == weight.numel() // 2
+    assert not torch.equal(told, mask)
+    assert about == pytest.approx(error, rel=0.02)
+
+
+def test_equal_weights_are_pruned_everywhere_alike() -> None:
+    weight, inputs = torch.ones(16, 4 * BLOCK_COLUMNS), torch.eye(4 * BLOCK_COLUMNS)
+    _, mask, _ = solve(weight, inputs, 0.5, None)
+    assert mask.view(16, 4, BLOCK_COLUMNS).sum(dim=(0, 2)).tolist() == [16 * BLOCK_COLUMNS // 2] * 4
 
 
 @pytest.mark.parametrize(("sparsity", "pattern"), [(0.5, None), (0.8, None), (0.5, (2, 4)), (0.75, (1, 4))])
