@@ -62,6 +62,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"stages": [NF4]},
         {"stages": [{**NF4, "group_size": 32, "double_quant": False, "ignore": ["*.0.self_attn.*"]}]},
         {"stages": [{"technique": "sparsegpt", "mask_structure": "2:4"}, NF4]},
+        {"stages": [{"technique": "wanda", "sparsity": 0.5}, {**NF4, "double_quant": False}]},
         {"stages": [NF4], "output": {"format": "safetensors"}},
         {"stages": [{**NEAREST, "scheme": "W6A16", "symmetric": False}]},
         {"stages": [{"technique": "magnitude", "mask_structure": "2:4"}, {**GPTQ, "scheme": "W2A16"}]},
@@ -181,6 +182,23 @@ def test_pruned_weights_are_still_zero_after_quantization(tiny_llama: Path, tmp_
         if name.endswith("proj.weight"):
             assert int((weight == 0).sum()) >= weight.numel() // 2
             assert bool((both[name][weight == 0] == 0).all())
+
+
+@pytest.mark.parametrize(
+    "pruning",
+    [{"technique": "magnitude", "mask_structure": "2:4"}, {"technique": "magnitude", "sparsity": 0.5}],
+    ids=["pattern", "sparsity"],
+)
+def test_zeros_of_nf4_are_those_that_its_codes_stand_for(
+    pruning: dict[str, Any], tiny_llama: Path, tmp_path: Path
+) -> None:
+    coded, plain = (
+        certified(tmp_path / form, tiny_llama, {"stages": [pruning, NF4], "output": {"format": form}})
+        for form in ("bitsandbytes", "safetensors")
+    )
+    metrics = coded.report["stages"][0]["metrics"]
+    assert metrics["num_zeros"] == plain.report["stages"][0]["metrics"]["num_zeros"]
+    assert metrics["sparsity"] >= 0.5
 
 
 def test_gptq_is_closer_to_the_original_than_rounding_to_nearest(tiny_llama: Path, tmp_path: Path) -> None:

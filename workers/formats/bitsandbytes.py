@@ -111,3 +111,14 @@ def to_float32(model: Any) -> None:
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(torch.float32)
+
+
+def weight_of(module: Any) -> Tensor:
+    """The weight of an opened model's linear layer as its module has it; of a 4-bit one what its codes stand for."""
+    weight: Tensor = module.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, state)

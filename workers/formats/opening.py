@@ -90,7 +90,7 @@ class Opened:
     def linear_weight(self, name: str) -> Tensor:
         """The weight of a layer, out_features × in_features."""
         module = self.model.get_submodule(name)
-        weight: Tensor = module.weight
+        weight = bitsandbytes.weight_of(module)
         return weight.T if isinstance(module, Conv1D) else weight
 
     def _logits(self, input_ids: Tensor) -> Tensor:
