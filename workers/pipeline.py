@@ -156,7 +156,7 @@ def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:
 
 
 def _calibration(work: Path, recipe: Recipe, tokenizer: Any, skeleton: Skeleton, emit: Emit) -> list[Tensor]:
-    """Samples × tokens for each length of samples; nothing where no stage needs them."""
+    """Samples × tokens for each length of samples; nothing where no stage or plan needs them."""
     if not recipe.needs_calibration:
         return []
     wanted, param = recipe.calibration, "recipe.calibration.dataset"

@@ -1,4 +1,4 @@
-"""The original model's passes beside those of the compressed one, in the same skeleton."""
+"""The original model's passes, in the skeleton that the compressed one's weights are put into."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ class Stream:
     def run(self, calibration: Sequence[Tensor], probe: Tensor) -> Streamed:
         """Compress every block that the journal does not have.
 
-        ``calibration`` holds samples × tokens for each length of samples, and nothing where no stage needs it;
+        ``calibration`` holds samples × tokens for each length of samples, and nothing where no stage or plan needs it;
         ``probe`` is sequences × tokens, which pass through the compressed blocks only, so that their logits are what
         the artifact has to give.
         """
