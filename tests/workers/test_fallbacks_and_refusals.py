@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from tests.models import write_tiny_llama, write_tiny_model
@@ -66,6 +66,21 @@ def test_a_size_that_divides_only_some_layers_falls_back_and_says_so(tmp_path: P
     fallbacks = attempt.report["stages"][0]["fallbacks"]
     assert {each["layer"] for each in fallbacks} == {f"model.layers.{block}.mlp.down_proj" for block in (0, 1)}
     assert all("48" in each["message"] for each in fallbacks)
+
+
+@pytest.mark.parametrize("stage", [INT8, {"technique": "dynamic_int8"}, {**INT8, "scheme": "FP8"}], ids=str)
+@pytest.mark.parametrize("factor", [2.0**-9, 2.0**-13], ids=["hardly", "not"])
+def test_scales_that_float16_hardly_has_are_said(factor: float, stage: dict[str, Any], tmp_path: Path) -> None:
+    """The result is what was asked for as well as the type can, and is certified as such; the report says where."""
+    write_tiny_llama(tmp_path / "model")
+    path, layer = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.gate_proj"
+    tensors = {name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}
+    tensors[f"{layer}.weight"] *= factor
+    save_file(tensors, path, {"format": "pt"})
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [stage]})
+    fallbacks = attempt.report["stages"][0]["fallbacks"]
+    assert [(each["layer"], each["code"]) for each in fallbacks] == [(layer, "coarse_scales")]
+    assert "128 of its 128" in fallbacks[0]["message"]
 
 
 def test_what_makes_nothing_smaller_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

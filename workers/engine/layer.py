@@ -12,6 +12,9 @@ from workers.engine.statistics import InputStatistics
 from workers.solvers.quantization import Grid, QuantizedWeight
 from workers.techniques.options import QuantizationOptions, usable_group_size
 
+# Below it float16 has less than six bits left.
+COARSE_SCALE = 2.0**-18
+
 
 @dataclass
 class Layer:
@@ -67,6 +70,22 @@ class Layer:
         self.zeros = mask if self.zeros is None else self.zeros | mask
         self.weight = torch.where(self.zeros, 0.0, weight)
         return num_pruned
+
+    def note_coarse_scales(self) -> None:
+        """Have the report say how many groups are coarser than asked for, or zero: float16 hardly has their scales."""
+        if self.quantized is None or self.quantized.grid.scale_dtype != torch.float16:
+            return
+        scale = self.quantized.scale.abs()
+        largest = self.weight.reshape(*scale.shape, -1).abs().amax(dim=-1)
+        # A scale that is stored as zero is one instead, for weights that are nowhere near it.
+        is_coarse = (largest > 0) & ((scale < COARSE_SCALE) | ((scale == 1) & (largest < 0.1)))
+        num_coarse = int(is_coarse.sum())
+        if num_coarse:
+            self.fall_back(
+                "coarse_scales",
+                f"{num_coarse} of its {scale.numel()} scales are too small for float16: its weights are coarser than "
+                "asked for, or zero; those of a checkpoint in bfloat16 would not be",
+            )
 
     def fall_back(self, code: str, message: str) -> None:
         """Note for the report that this layer got something else than what was asked for."""

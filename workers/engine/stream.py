@@ -287,6 +287,7 @@ class Stream:
                 if layer.quantized is not None:
                     grid = layer.quantized.grid
                     metrics |= {"num_bits": grid.num_bits, "group_size": grid.group_size}
+                    layer.note_coarse_scales()
                 self.result.blocks[-1].metrics[index][layer.name] = metrics
                 self.result.blocks[-1].fallbacks[index] += layer.fallbacks
                 layer.fallbacks.clear()
