@@ -52,7 +52,7 @@ lint: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 check: lint
-	$(PYTEST) -m "not service and not long"
+	$(PYTEST) -m "not service and not job and not long"
 
 test: lint
 	$(PYTEST) -m "not long"

@@ -125,7 +125,10 @@ def _with_path(url: str, path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Whatever needs the servers is a service test."""
+    """Mark what needs the servers, and what runs the processes of whole jobs: the quick check leaves both out."""
     for item in items:
         if "servers" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.service)
+        used = {getattr(value, "__module__", None) for value in vars(getattr(item, "module", None) or object).values()}
+        if "tests.workers.attempts" in used:
+            item.add_marker(pytest.mark.job)

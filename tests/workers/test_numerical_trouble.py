@@ -255,6 +255,16 @@ def test_errors_that_cannot_be_carried_on_are_not_and_it_is_said(
         assert float((stored[DOWN + "_packed"] != nothing).float().mean()) > 0.4
 
 
+def test_an_aim_beyond_float32_is_given_up_and_it_is_said(model: Path, tmp_path: Path) -> None:
+    stage = {**GPTQ, "scheme": "W2A16", "asymmetric_calibration": True}
+    recipe = {"output": {"format": "safetensors"}}
+    attempt = prepared(tmp_path / "work", model, [stage], filled([DOWN], 3e38), **recipe)
+    compress(attempt.work, attempt.request, attempt.events.append)
+    (fallback,) = json.loads((attempt.work / "compressed.json").read_text())["stages"][0]["fallbacks"]
+    assert (fallback["layer"], fallback["code"]) == (DOWN.removesuffix(".weight"), "overflow")
+    assert "aimed at the output on its own input" in fallback["message"]
+
+
 def test_a_scale_that_no_weight_could_take_is_left_out_and_said(model: Path, tmp_path: Path) -> None:
     attempt = prepared(tmp_path / "work", model, RECIPES["smoothquant"], filled([DOWN], 3e38))
     compress(attempt.work, attempt.request, attempt.events.append)

@@ -30,8 +30,7 @@ def sparsegpt(
 
     ``hessian`` is K × K and symmetric; ``factor`` what :func:`workers.solvers.hessian.inverse_factor` made of it in the
     order of the columns, or None to choose as Wanda does and compensate nothing, as is done where compensation leaves
-    float32. ``zeros`` are weights that an earlier
-    stage pruned: they count towards ``sparsity`` and stay zero.
+    float32. ``zeros`` are weights that an earlier stage pruned: they count towards ``sparsity`` and stay zero.
 
     Returns the new weight, the mask of its zeros, and the outcome. Exactly ``round(sparsity · weights)`` become zero
     (more where ``zeros`` has more); with ``pattern`` (N, M), all but N of every M consecutive columns.

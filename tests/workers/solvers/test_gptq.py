@@ -153,6 +153,16 @@ def test_the_result_does_not_depend_on_the_number_of_solver_threads(num_threads:
     assert torch.equal(found[:1], one)
 
 
+def test_errors_that_leave_float32_are_not_carried_on() -> None:
+    weight = (torch.rand(8, 256, generator=torch.Generator().manual_seed(0)) * 2 - 1) * 3e38
+    hessian, grid = hessian_of(inputs_of(4, 256)), Grid(2, 32, symmetric=True)
+    factor = inverse_factor(hessian, act_order=True, damping=0.01)
+    quantized, outcome = gptq(weight, hessian, factor, grid, clip_search=False)
+    assert torch.equal(quantized.codes, quantize_to_nearest(weight, grid, clip_search=False).codes)
+    assert outcome.damping is None
+    assert 0.05 < outcome.relative_error < 0.5
+
+
 def test_the_weight_that_is_aimed_at_gives_the_original_output_on_the_changed_input() -> None:
     torch.manual_seed(0)
     original = inputs_of(3, 64)
