@@ -245,7 +245,7 @@ def _quantization_config(skeleton: Skeleton, recipe: Recipe, streamed: Streamed)
         streamed.grids,
         skeleton.linear_layers,
         recipe.output.packing,
-        quantizes_activations=recipe.quantizes_activations,
+        activations=recipe.activations,
         unpacks_on_load=recipe.quantizes_embeddings,
     )
 

@@ -20,7 +20,8 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from workers.techniques import TECHNIQUES, MixedPrecision, PruningOptions, QuantizationOptions, Stage
-from workers.techniques.options import PACKED_BITS, SchemeFacts, Statistic
+from workers.techniques.options import Statistic
+from workers.techniques.schemes import PACKED_BITS, ActivationGrid, SchemeFacts
 
 RECIPE_VERSION: Literal[1] = 1
 
@@ -222,9 +223,9 @@ class Recipe(_Part):
         return self.quantization is not None and self.quantization.embeddings
 
     @property
-    def quantizes_activations(self) -> bool:
-        """Whether quantized layers also quantize what they read, whenever the model runs."""
-        return self.quantization is not None and self.quantization.facts.quantizes_activations
+    def activations(self) -> ActivationGrid | None:
+        """What quantized layers round their input to whenever the model runs; None where it stays as it is."""
+        return None if self.quantization is None else self.quantization.activations
 
     @property
     def quantization(self) -> QuantizationOptions | None:

@@ -22,7 +22,7 @@ from workers.sources.inspection import inspect_model
 from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
 from workers.techniques import PruningOptions, QuantizationOptions
-from workers.techniques.options import group_size_fits
+from workers.techniques.schemes import group_size_fits
 
 _OFFERED_SIZES = (32, 64, 96, 128, 192, 256)  # in hints
 _TRAINING_KINDS = frozenset({"training", "distillation"})

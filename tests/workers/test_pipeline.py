@@ -52,6 +52,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
         {"stages": [{**NEAREST, "scheme": "W5A16", "embeddings": True}]},
         {"stages": [{"technique": "gptq", "scheme": "W8A8"}]},
         {"stages": [{"technique": "dynamic_int8"}]},
+        {"stages": [{"technique": "dynamic_int8", "symmetric_activations": True}]},
         {"stages": [{"technique": "smoothquant"}]},
         {"stages": [{"technique": "magnitude", "sparsity": 0.4}, {"technique": "smoothquant"}]},
         {"stages": [{"technique": "awq", "group_size": 32}]},

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from workers.engine.statistics import InputStatistics
 from workers.solvers.quantization import Grid, QuantizedWeight
-from workers.techniques.options import QuantizationOptions, usable_group_size
+from workers.techniques.quantization_options import QuantizationOptions
+from workers.techniques.schemes import usable_group_size
 
 # Below it float16 has less than six bits left.
 COARSE_SCALE = 2.0**-18
@@ -54,6 +55,10 @@ class Layer:
         largest = torch.linalg.vector_norm(self.weight, torch.inf, dim=0) * scale
         return bool((largest <= torch.finfo(self.stored_dtype).max).all())
 
+    def can_store(self, weight: Tensor) -> bool:
+        """Whether ``weight`` is finite in the type that the artifact stores values in."""
+        return bool(torch.linalg.vector_norm(weight, torch.inf) <= torch.finfo(self.stored_dtype).max)
+
     def rescale(self, scale: Tensor, statistics: InputStatistics | None) -> None:
         """Read the input divided by ``scale`` (float32, in_features), whose statistics are ``statistics``."""
         self.weight = self.weight * scale
@@ -72,19 +77,16 @@ class Layer:
         return num_pruned
 
     def note_coarse_scales(self) -> None:
-        """Have the report say how many groups are coarser than asked for, or zero: float16 hardly has their scales."""
+        """Have the report say how many groups are coarser than asked for, as float16 hardly has their scales."""
         if self.quantized is None or self.quantized.grid.scale_dtype != torch.float16:
             return
         scale = self.quantized.scale.abs()
-        largest = self.weight.reshape(*scale.shape, -1).abs().amax(dim=-1)
-        # A scale that is stored as zero is one instead, for weights that are nowhere near it.
-        is_coarse = (largest > 0) & ((scale < COARSE_SCALE) | ((scale == 1) & (largest < 0.1)))
-        num_coarse = int(is_coarse.sum())
+        num_coarse = int((scale < COARSE_SCALE).sum())
         if num_coarse:
             self.fall_back(
                 "coarse_scales",
                 f"{num_coarse} of its {scale.numel()} scales are too small for float16: its weights are coarser than "
-                "asked for, or zero; those of a checkpoint in bfloat16 would not be",
+                "asked for; those of a checkpoint in bfloat16 would not be",
             )
 
     def fall_back(self, code: str, message: str) -> None:

@@ -239,8 +239,8 @@ class Stream:
 
     def _as_read(self, grid: Grid | None, scale: Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
         """What becomes of a layer's input in the artifact: divided by ``scale``, then quantized if ``grid`` says so."""
-        if grid is not None and self.recipe.quantizes_activations:
-            return compressed_tensors.input_quantizer(grid, scale)
+        if grid is not None and self.recipe.activations is not None:
+            return compressed_tensors.input_quantizer(self.recipe.activations, scale)
         return None if scale is None else (lambda inputs: inputs / scale)
 
     def _gather(self, leader: str, passes: list[ForwardPass]) -> InputStatistics | None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from workers.recipe import Packing
 from workers.solvers.activations import round_tokens, token_scale
 from workers.solvers.quantization import Grid, QuantizedWeight
+from workers.techniques.schemes import ActivationGrid
 
 
 def encode(quantized: QuantizedWeight, packing: Packing) -> dict[str, Tensor]:
@@ -24,7 +25,7 @@ def encode(quantized: QuantizedWeight, packing: Packing) -> dict[str, Tensor]:
     Raises:
         ValueError: The layer's codes do not survive the packing, which would be a defect of ours or of the library.
     """
-    scheme = _scheme(quantized.grid, quantized.codes.shape[1], packing, quantizes_activations=False)
+    scheme = _scheme(quantized.grid, quantized.codes.shape[1], packing, activations=None)
     compressor = BaseCompressor.get_value_from_registry(packing)
     state = {
         "weight": quantized.dequantize(),
@@ -42,7 +43,7 @@ def decode(encoded: Mapping[str, Tensor], grid: Grid, in_features: int, packing:
     """The float32 weight that the tensors of :func:`encode` stand for."""
     compressor = BaseCompressor.get_value_from_registry(packing)
     state = {**encoded, "weight_scale": encoded["weight_scale"].to(torch.float32)}
-    scheme = _scheme(grid, in_features, packing, quantizes_activations=False)
+    scheme = _scheme(grid, in_features, packing, activations=None)
     weight: Tensor = compressor.decompress(state, scheme)["weight"]
     return weight
 
@@ -62,7 +63,7 @@ def quantization_config(
     linear_layers: list[str],
     packing: Packing,
     *,
-    quantizes_activations: bool,
+    activations: ActivationGrid | None,
     unpacks_on_load: bool,
 ) -> dict[str, Any]:
     """The ``quantization_config`` of config.json.
@@ -76,9 +77,7 @@ def quantization_config(
     # A group as wide as its layer may be called a channel too; where all share one scheme, it stays a group.
     keeps_groups = unpacks_on_load and any(grid.group_size != in_features for grid, in_features in layers.values())
     for name, (grid, in_features) in layers.items():
-        scheme = _scheme(
-            grid, in_features, packing, quantizes_activations=quantizes_activations, keeps_groups=keeps_groups
-        )
+        scheme = _scheme(grid, in_features, packing, activations=activations, keeps_groups=keeps_groups)
         by_scheme.setdefault(scheme.model_dump_json(), (scheme, []))[1].append(name)
     groups = {}
     for number, (scheme, names) in enumerate(by_scheme.values()):
@@ -102,18 +101,17 @@ def quantization_config(
     }
 
 
-def input_quantizer(grid: Grid, divisor: Tensor | None = None) -> Callable[[Tensor], Tensor]:
+def input_quantizer(grid: ActivationGrid, divisor: Tensor | None = None) -> Callable[[Tensor], Tensor]:
     """What every loader does to the input of a layer whose activations are quantized: by token, and back.
 
-    ``grid`` is that of the layer's weight: activations are of the same 8-bit type. ``divisor`` (columns) is what the
-    weight was multiplied by. To the bit what the library's own functions give, which write a new tensor for each of
-    their steps.
+    ``divisor`` (columns) is what the layer's weight was multiplied by. To the bit what the library's own functions
+    give, which write a new tensor for each of their steps.
     """
     by_library = quantizer_of(_activations(grid))
 
     def quantize(inputs: Tensor) -> Tensor:
         if inputs.ndim == 3 and not grid.is_float:
-            return round_tokens(inputs, divisor)
+            return round_tokens(inputs, divisor, symmetric=grid.symmetric)
         if divisor is not None:
             inputs = inputs / divisor
         # Where a model has folded sequences together, "by token" means something else to the library.
@@ -140,14 +138,18 @@ def quantizer_of(arguments: QuantizationArgs) -> Callable[[Tensor], Tensor]:
     return quantize
 
 
-def _activations(grid: Grid) -> QuantizationArgs:
-    return QuantizationArgs(
-        num_bits=8, type="float" if grid.is_float else "int", strategy="token", dynamic=True, symmetric=True
-    )
+def _activations(grid: ActivationGrid) -> QuantizationArgs:
+    kind = "float" if grid.is_float else "int"
+    return QuantizationArgs(num_bits=8, type=kind, strategy="token", dynamic=True, symmetric=grid.symmetric)
 
 
 def _scheme(
-    grid: Grid, in_features: int, packing: Packing, *, quantizes_activations: bool, keeps_groups: bool = False
+    grid: Grid,
+    in_features: int,
+    packing: Packing,
+    *,
+    activations: ActivationGrid | None,
+    keeps_groups: bool = False,
 ) -> QuantizationScheme:
     whole_row = grid.group_size == in_features and not keeps_groups
     strategy: dict[str, Any] = {"strategy": "group", "group_size": grid.group_size}
@@ -163,7 +165,7 @@ def _scheme(
     return QuantizationScheme(
         targets=["Linear"],
         weights=weights,
-        input_activations=_activations(grid) if quantizes_activations else None,
+        input_activations=None if activations is None else _activations(activations),
         format=packing,
     )
 

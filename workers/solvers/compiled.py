@@ -52,6 +52,7 @@ def _search_rows(
     dropped,
     tiny,
     step_below_tiny,
+    most,
     scales,
     zeros,
 ):
@@ -79,12 +80,15 @@ def _search_rows(
                     if abs(scale) >= tiny:
                         scale = _round_mantissa(scale, dropped)
                     else:
-                        scale = np.rint(scale / step_below_tiny) * step_below_tiny
+                        size = np.ceil(abs(scale) / step_below_tiny) * step_below_tiny
+                        scale = size if scale > np.float32(0.0) else -size
                     if scale == np.float32(0.0):
                         scale = np.float32(1.0)
                     zero = np.float32(0.0)
                     if not symmetric:
                         zero = min(max(np.rint(low_code - low * shrink[step] / scale), low_code), high_code)
+                    if abs(scale) * max(zero - low_code, high_code - zero) > most:
+                        continue  # the last code would be infinity
                     error = _group_error(group, importance[index], scale, zero, low_code, high_code)
                     if error < best_error:
                         best_error, best_scale, best_zero = error, scale, zero
@@ -121,10 +125,12 @@ def search_scales(
     tiny = np.float32(torch.finfo(scale_dtype).tiny)
     step_below_tiny = np.float32(torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps)
 
+    most = np.float32(torch.finfo(scale_dtype).max)
+
     def search(part: slice) -> None:
         _search_rows(
-            values[part], weights, factors, lowest, highest, symmetric, dropped, tiny, step_below_tiny, scales[part],
-            zeros[part],
+            values[part], weights, factors, lowest, highest, symmetric, dropped, tiny, step_below_tiny, most,
+            scales[part], zeros[part],
         )  # fmt: skip
 
     over_parts(rows, search)

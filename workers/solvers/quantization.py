@@ -110,7 +110,7 @@ def _to_float8(weight: Tensor, grid: Grid) -> QuantizedWeight:
     """Every weight to its nearest float8, each group's largest at the end of the range; zeros stay zeros."""
     highest = torch.finfo(FLOAT8).max
     groups = weight.reshape(weight.shape[0], -1, grid.group_size)
-    scale = _as_stored(groups.abs().amax(dim=-1) / highest, grid.scale_dtype)
+    scale = _as_stored(groups.abs().amax(dim=-1) / highest, highest, grid.scale_dtype)
     codes = (groups / scale.unsqueeze(-1)).clamp_(-highest, highest).to(FLOAT8)
     return QuantizedWeight(codes.view_as(weight), scale, torch.zeros_like(scale, dtype=torch.int8), grid)
 
@@ -152,14 +152,21 @@ def choose_scales(
 
 def _covering(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """The grid that reaches to each group's extremes (groups: rows × groups × group_size)."""
-    by_range, zero_point = _scales_at(groups, grid, 1.0, negative=False)
-    if not grid.symmetric:
-        return by_range, zero_point
-    extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
-    scale = _as_stored(extreme / grid.lowest, grid.scale_dtype)
-    # Rounded up, the scale of the largest numbers that there are would give back infinity.
-    is_finite = (scale * grid.lowest).to(grid.scale_dtype).isfinite()
-    return torch.where(is_finite, scale, by_range), zero_point
+    if grid.symmetric:
+        extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True)).squeeze(-1)
+        scale = _as_stored(extreme / grid.lowest, -grid.lowest, grid.scale_dtype)
+        return scale, torch.zeros_like(scale, dtype=torch.int8)
+    scale, zero_point = _scales_at(groups, grid, 1.0, negative=False)
+    # Of the largest numbers that there are, codes at the end of a grid that is a little smaller.
+    shorter = _scales_at(groups, grid, 1.0 - 2.0 / (grid.highest - grid.lowest), negative=False)
+    is_finite = _largest_value(scale, zero_point, grid) <= torch.finfo(grid.scale_dtype).max
+    return torch.where(is_finite, scale, shorter[0]), torch.where(is_finite, zero_point, shorter[1])
+
+
+def _largest_value(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
+    """The largest |value| that there is a code for (rows × groups)."""
+    offset = zero_point.to(torch.float32)
+    return scale.abs() * torch.maximum(offset - grid.lowest, grid.highest - offset)
 
 
 def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> tuple[Tensor, Tensor]:
@@ -168,21 +175,32 @@ def _scales_at(groups: Tensor, grid: Grid, shrink: float, *, negative: bool) -> 
         scale = groups.abs().amax(dim=-1) * (2.0 * shrink / (grid.highest - grid.lowest))
         if negative:
             scale = -scale
-        scale = _as_stored(scale, grid.scale_dtype)
+        scale = _as_stored(scale, -grid.lowest, grid.scale_dtype)
         return scale, torch.zeros_like(scale, dtype=torch.int8)
     low = groups.amin(dim=-1).clamp(max=0.0) * shrink
     high = groups.amax(dim=-1).clamp(min=0.0) * shrink
     steps = grid.highest - grid.lowest
-    scale = _as_stored(high / steps - low / steps, grid.scale_dtype)
+    scale = _as_stored(high / steps - low / steps, 1, grid.scale_dtype)
     zero_point = torch.round(grid.lowest - low / scale).clamp_(grid.lowest, grid.highest)
     return scale, zero_point.to(torch.int8)
 
 
-def _as_stored(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """The scale as the file will hold it, so that codes are chosen for the value that is read back."""
-    stored = scale.to(dtype).to(torch.float32)
-    # A group of zeros, or one too small for the dtype: any scale gives codes of zero.
-    return torch.where((stored == 0) | ~stored.isfinite(), torch.ones_like(stored), stored)
+def _as_stored(scale: Tensor, largest_code: float, dtype: torch.dtype) -> Tensor:
+    """The scale as the file will hold it, so that codes are chosen for the value that is read back.
+
+    That of ``largest_code`` is finite, whichever way the scale is rounded.
+    """
+    facts = torch.finfo(dtype)
+    size = scale.abs()
+    stored = size.to(dtype).to(torch.float32)
+    # Below its smallest normal number a type has even steps, of which float16 has few. Up, for a group's largest weight
+    # lies at the last code, and so that a small weight is not zero.
+    step = facts.smallest_normal * facts.eps
+    stored = torch.where(size < facts.smallest_normal, torch.ceil(size / step) * step, stored)
+    limit = torch.tensor(facts.max / largest_code * (1.0 - facts.eps)).to(dtype).to(stored)
+    stored = torch.where(stored * largest_code > facts.max, limit, stored)
+    # In a group of zeros any scale gives codes of zero.
+    return torch.where(size == 0, 1.0, stored.copysign(scale))
 
 
 @LaunchedAsOne
@@ -196,11 +214,12 @@ def _search_scales(groups: Tensor, importance: Tensor, *, grid: Grid) -> tuple[T
 
     best_scale, best_zero = _covering(groups, grid)
     best_error = error_of(best_scale, best_zero)
+    largest = torch.finfo(grid.scale_dtype).max
     for shrink in torch.linspace(1.0, SMALLEST_CLIP, NUM_CLIP_STEPS).tolist():
         for negative in (False, True) if grid.symmetric else (False,):
             scale, zero_point = _scales_at(groups, grid, shrink, negative=negative)
             error = error_of(scale, zero_point)
-            better = error < best_error
+            better = (error < best_error) & (_largest_value(scale, zero_point, grid) <= largest)
             best_error = torch.where(better, error, best_error)
             best_scale = torch.where(better, scale, best_scale)
             best_zero = torch.where(better, zero_point, best_zero)

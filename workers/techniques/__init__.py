@@ -11,7 +11,9 @@ from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.gptq import GPTQ
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
-from workers.techniques.options import PruningOptions, QuantizationOptions, StageOptions
+from workers.techniques.options import StageOptions
+from workers.techniques.pruning_options import PruningOptions
+from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from workers.techniques.options import QuantizationOptions, Statistic, WeightScheme
+from workers.techniques.options import Statistic
+from workers.techniques.quantization_options import QuantizationOptions
+from workers.techniques.schemes import WeightScheme
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from workers.techniques.options import QuantizationOptions
+from workers.techniques.quantization_options import ActivationOptions
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
 
 
-class DynamicInt8(QuantizationOptions):
+class DynamicInt8(ActivationOptions):
     """Weights with one scale a channel, activations with one a token; arXiv:2208.07339, section 2."""
 
     summary: ClassVar[str] = "8-bit weights and activations, for fast integer products. Needs no calibration text."

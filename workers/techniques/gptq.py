@@ -6,11 +6,12 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from workers.techniques.options import IntegerScheme, QuantizationOptions
+from workers.techniques.quantization_options import ActivationOptions
+from workers.techniques.schemes import IntegerScheme
 from workers.techniques.second_order import SecondOrderQuantization
 
 
-class GPTQ(SecondOrderQuantization):
+class GPTQ(SecondOrderQuantization, ActivationOptions):
     """Second-order quantization with calibration text; arXiv:2210.17323."""
 
     summary: ClassVar[str] = (
@@ -18,6 +19,4 @@ class GPTQ(SecondOrderQuantization):
     )
 
     technique: Literal["gptq"] = "gptq"
-    scheme: Annotated[IntegerScheme, Field(description=QuantizationOptions.model_fields["scheme"].description)] = (
-        "W4A16"
-    )
+    scheme: Annotated[IntegerScheme, Field(description=ActivationOptions.model_fields["scheme"].description)] = "W4A16"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from workers.techniques.options import PruningOptions
+from workers.techniques.pruning_options import PruningOptions
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer

@@ -7,7 +7,8 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from workers.techniques.options import PACKED_BITS, SCHEMES, OptionError, SchemeFacts, WeightScheme
+from workers.techniques.options import OptionError
+from workers.techniques.schemes import PACKED_BITS, SCHEMES, SchemeFacts, WeightScheme
 from workers.techniques.second_order import SecondOrderQuantization
 
 _PACKED_SCHEMES: tuple[WeightScheme, ...] = ("W4A16", "W8A16")

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from workers.techniques.options import SCHEMES, OptionError, QuantizationOptions, usable_group_size
+from workers.techniques.options import OptionError
+from workers.techniques.quantization_options import ActivationOptions
+from workers.techniques.schemes import SCHEMES, usable_group_size
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
@@ -15,7 +17,7 @@ if TYPE_CHECKING:
 _ROWS_MULTIPLE = 32
 
 
-class RoundToNearest(QuantizationOptions):
+class RoundToNearest(ActivationOptions):
     """Rounds each weight to the nearest code of its channel or group. Needs no calibration."""
 
     summary: ClassVar[str] = (

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from workers.techniques.options import QuantizationOptions, StageOptions, Statistic
+from workers.techniques.options import StageOptions, Statistic
+from workers.techniques.quantization_options import QuantizationOptions
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
@@ -46,23 +46,23 @@ class SecondOrder(StageOptions):
 
         None if no damping makes the Hessian usable; the report then says that the layer is ``otherwise``.
         """
-        from workers.solvers.hessian import squared_norm, towards_original
+        from workers.solvers.hessian import towards_original
 
         factor = layer.statistics.inverse_factor(act_order=act_order, damping=self.damping)
         if factor is None:
             layer.fall_back("hessian_not_positive_definite", f"{otherwise}: no damping made the Hessian usable")
         elif self.asymmetric_calibration:
             moved = towards_original(layer.weight, layer.statistics.drift, factor)
-            if math.isfinite(squared_norm(moved)):
+            if layer.can_store(moved):
                 layer.weight = moved
             else:
-                layer.fall_back("overflow", "aimed at the output on its own input: the other is beyond float32")
+                layer.fall_back("overflow", "aimed at the output on its own input: the other is beyond its type")
         return factor
 
     def note_overflow(self, layer: Layer, factor: InverseFactor | None, outcome: Outcome, *, otherwise: str) -> None:
         """Have the report say if the solver had ``factor`` and made up for no errors all the same."""
         if factor is not None and outcome.damping is None:
-            layer.fall_back("overflow", f"{otherwise}: errors that were carried on are beyond float32")
+            layer.fall_back("overflow", f"{otherwise}: errors that were carried on are beyond its type")
 
 
 class SecondOrderQuantization(SecondOrder, QuantizationOptions):

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from workers.techniques.options import QuantizationOptions, Statistic
+from workers.techniques.options import Statistic
+from workers.techniques.quantization_options import ActivationOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from workers.engine.layer import Layer
 
 
-class SmoothQuant(QuantizationOptions):
+class SmoothQuant(ActivationOptions):
     """8-bit weights and activations, smoothed; arXiv:2211.10438."""
 
     summary: ClassVar[str] = (

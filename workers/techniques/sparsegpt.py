@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from workers.techniques.options import PruningOptions
+from workers.techniques.pruning_options import PruningOptions
 from workers.techniques.second_order import SecondOrder
 
 if TYPE_CHECKING:
@@ -27,9 +28,10 @@ class SparseGPT(SecondOrder, PruningOptions):
         assert self.sparsity is not None
         otherwise = "pruned as Wanda does"
         factor = self.prepare(layer, act_order=False, otherwise=otherwise)
-        weight, mask, outcome = sparsegpt(
-            layer.weight, layer.statistics.hessian, factor, self.sparsity, self.pattern, zeros=layer.zeros
-        )
+        prune = partial(sparsegpt, sparsity=self.sparsity, pattern=self.pattern, zeros=layer.zeros)
+        weight, mask, outcome = prune(layer.weight, layer.statistics.hessian, factor)
+        if not layer.can_store(weight):
+            weight, mask, outcome = prune(layer.weight, layer.statistics.hessian, None)
         self.note_overflow(layer, factor, outcome, otherwise=otherwise)
         num_pruned = layer.replace_pruned(weight, mask)
         return {"num_pruned": num_pruned, "sparsity": self.sparsity_of(layer), **outcome.to_metrics()}

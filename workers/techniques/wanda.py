@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from workers.techniques.options import PruningOptions, Statistic
+from workers.techniques.options import Statistic
+from workers.techniques.pruning_options import PruningOptions
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer

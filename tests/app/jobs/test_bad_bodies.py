@@ -39,6 +39,12 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
         ([{"technique": "gptq", "scheme": "FP8"}], "invalid_value", "recipe.stages[0].scheme"),
         ([{"technique": "smoothquant", "symmetric": False}], "invalid_value", "recipe.stages[0].symmetric"),
         ([{"technique": "dynamic_int8", "embeddings": True}], "invalid_value", "recipe.stages[0].embeddings"),
+        ([{**GPTQ, "symmetric_activations": True}], "invalid_value", "recipe.stages[0].symmetric_activations"),
+        (
+            [{"technique": "round_to_nearest", "scheme": "FP8", "symmetric_activations": True}],
+            "invalid_value",
+            "recipe.stages[0].symmetric_activations",
+        ),
         (
             [{"technique": "round_to_nearest", "scheme": "BF16", "ignore": ["*.0.*"]}],
             "invalid_value",

@@ -7,13 +7,15 @@ import torch
 from compressed_tensors.quantization import QuantizationArgs
 
 from workers.formats.compressed_tensors import input_quantizer, quantizer_of
-from workers.solvers.quantization import Grid
+from workers.techniques.schemes import ActivationGrid
 
 
 @pytest.mark.parametrize("folded", [False, True])
-@pytest.mark.parametrize("is_float", [False, True])
+@pytest.mark.parametrize(
+    "grid", [ActivationGrid(False, False), ActivationGrid(False, True), ActivationGrid(True, True)]
+)
 @pytest.mark.parametrize("size", [1e-30, 1.0, 1e30])
-def test_inputs_are_quantized_as_the_library_does_it(is_float: bool, size: float, folded: bool) -> None:
+def test_inputs_are_quantized_as_the_library_does_it(grid: ActivationGrid, size: float, folded: bool) -> None:
     inputs = size * torch.randn(3, 40, 96, generator=torch.Generator().manual_seed(0))
     inputs[0, 0] = 0.0
     inputs[0, 1].clamp_(min=0)
@@ -22,11 +24,10 @@ def test_inputs_are_quantized_as_the_library_does_it(is_float: bool, size: float
     if folded:  # as OPT reads its feed-forward layers
         inputs = inputs.reshape(-1, 96)
     arguments = QuantizationArgs(
-        num_bits=8, type="float" if is_float else "int", strategy="token", dynamic=True, symmetric=True
+        num_bits=8, type="float" if grid.is_float else "int", strategy="token", dynamic=True, symmetric=grid.symmetric
     )
     expected = quantizer_of(arguments)(inputs)
     before = inputs.clone()
-    grid = Grid(8, 96, True, is_float=is_float)
     found = input_quantizer(grid)(inputs)
     assert torch.equal(found, expected)
     divisor = 2.0 ** torch.arange(-4, 92).remainder(9)

@@ -30,22 +30,39 @@ def activations(size: float = 1.0) -> torch.Tensor:
 @pytest.mark.usefixtures("_threads")
 @pytest.mark.parametrize("size", [1e-42, 1e-30, 1.0, 1e30])
 @pytest.mark.parametrize("is_transposed", [False, True])
-def test_tokens_are_rounded_as_by_the_operations_of_other_devices(size: float, is_transposed: bool) -> None:
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_tokens_are_rounded_as_by_the_operations_of_other_devices(
+    size: float, is_transposed: bool, symmetric: bool
+) -> None:
     inputs = activations(size)
     if is_transposed:
         inputs = inputs.transpose(0, 1)
     divisor = 2.0 ** torch.randint(-3, 4, (97,), generator=torch.Generator().manual_seed(1))
     before = inputs.clone()
-    assert torch.equal(round_tokens(inputs, None), _round_tokens(inputs))
-    assert torch.equal(round_tokens(inputs, divisor), _round_tokens(inputs / divisor))
+    expected = _round_tokens(inputs, symmetric=symmetric)
+    assert torch.equal(round_tokens(inputs, None, symmetric=symmetric), expected)
+    expected = _round_tokens(inputs / divisor, symmetric=symmetric)
+    assert torch.equal(round_tokens(inputs, divisor, symmetric=symmetric), expected)
     assert torch.equal(inputs, before)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(value: float) -> None:
+def test_without_symmetry_a_token_has_255_steps_from_its_smallest_value_to_its_largest() -> None:
+    inputs = activations()
+    inputs[2] = inputs[2].abs() + 1.0  # whose codes begin at zero all the same
+    low, high = inputs.amin(dim=-1).clamp(max=0), inputs.amax(dim=-1).clamp(min=0)
+    error = (round_tokens(inputs, None, symmetric=False) - inputs).abs().amax(dim=-1)
+    assert bool((error <= (high - low) / 255 * 0.5001).all())
+    symmetric_error = (round_tokens(inputs, None, symmetric=True) - inputs).abs().amax(dim=-1)
+    assert bool((symmetric_error[2] > 1.9 * error[2]).all())
+
+
+@pytest.mark.parametrize("value", [float("nan"), -float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_token_that_is_not_finite_stays_so_and_spoils_no_other(value: float, symmetric: bool) -> None:
     inputs = activations()
     inputs[1, 7, 3] = value
-    found, expected = round_tokens(inputs, None), _round_tokens(inputs)
+    found = round_tokens(inputs, None, symmetric=symmetric)
+    expected = _round_tokens(inputs, symmetric=symmetric)
     assert torch.equal(found.isnan(), expected.isnan())
     assert bool(found[1, 7].isnan().any())
     assert not bool(found[1, 8].isnan().any())

@@ -95,10 +95,42 @@ def test_small_weights_of_float16_checkpoints_are_not_lost(clip_search: bool) ->
     assert float(squared_error(weight, quantized.dequantize()).sum() / weight.double().square().sum()) < 1e-3
 
 
+@pytest.mark.parametrize("clip_search", [False, True])
+def test_weights_below_the_scales_of_float16_keep_what_float16_can_say(clip_search: bool) -> None:
+    step = 2.0**-24  # the smallest number of float16
+    weight = torch.randint(-100, 101, (4, 64), generator=torch.Generator().manual_seed(0)) * step
+    quantized = quantize_to_nearest(weight, Grid(8, 64, True, torch.float16), clip_search=clip_search)
+    assert torch.equal(quantized.dequantize(), weight)
+    grid = Grid(8, 64, True, torch.float16, is_float=True)
+    torch.testing.assert_close(
+        quantize_to_nearest(weight, grid, clip_search=False).dequantize(), weight, rtol=0.07, atol=0
+    )
+
+
+@pytest.mark.parametrize("clip_search", [False, True])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("num_bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_largest_numbers_of_a_type_stay_finite_in_it(
+    dtype: torch.dtype, num_bits: int, symmetric: bool, clip_search: bool
+) -> None:
+    largest = torch.finfo(dtype).max
+    weight = largest * (2 * torch.rand(64, 32, generator=torch.Generator().manual_seed(0)) - 1)
+    weight[torch.arange(64), torch.arange(64) % 32] = largest
+    weight[1::2] *= -1
+    weight[::4] = weight[::4].abs()
+    restored = quantize_to_nearest(weight, Grid(num_bits, 32, symmetric, dtype), clip_search=clip_search).dequantize()
+    assert bool(restored.to(dtype).isfinite().all())
+    most = 3 / (2**num_bits - 1) + 2 * torch.finfo(dtype).eps
+    assert bool(((restored / largest - weight / largest).abs() < most).all())
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
 def test_float8_codes_are_within_half_a_step(scale_dtype: torch.dtype) -> None:
     weight = weight_of(5)
+    weight[0, 0] = torch.finfo(scale_dtype).max
     quantized = quantize_to_nearest(weight, Grid(8, 64, True, scale_dtype, is_float=True), clip_search=False)
+    assert bool(quantized.dequantize().to(scale_dtype).isfinite().all())
     assert quantized.codes.dtype == torch.float8_e4m3fn
     restored = quantized.dequantize()
     # Four significant bits: half a step is 1/16 of a normal number, and 2^-10 scales below.
