@@ -18,9 +18,16 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bench.materials import smollm2, wikitext
 from workers.evaluation.divergence import kl_divergence_of_logits
+from workers.solvers.activations import round_tokens
+from workers.solvers.quantization import Grid, quantize_to_nearest
 from workers.solvers.scaling import smoothing_scale
 
-KINDS = {"q, k, v": ("q_proj", "k_proj", "v_proj"), "gate, up": ("gate_proj", "up_proj"), "down": ("down_proj",)}
+KINDS = {
+    "q, k, v": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate, up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 KEPT_TOKENS = 0.98
 
 Round = Callable[[Tensor], Tensor]
@@ -29,16 +36,14 @@ Round = Callable[[Tensor], Tensor]
 def main() -> None:
     """Print a line for each kind of layers and way of rounding."""
     bench = Simulation()
-    for strength in (0.5, 0.7, 0.8):
+    for strength in (None, 0.5, 0.7, 0.8):
         for name, ends in KINDS.items():
-            bench.show(f"W8A8, strength {strength}, {name}", ends, _int8, strength=strength)
-    bench.show("W8A8 without smoothing, down", ("down_proj",), _int8)
-    for strength in (0.5, 0.7):
-        bench.show(f"A8, strength {strength}, down", ("down_proj",), _int8, strength=strength, weights=False)
-        bench.show(f"W8, strength {strength}, down", ("down_proj",), _int8, strength=strength, inputs=False)
-    bench.show("FP8, all", ("_proj",), _float8)
-    bench.show("FP8 weights, all", ("_proj",), _float8, inputs=False)
-    bench.show("FP8 activations, all", ("_proj",), _float8, weights=False)
+            bench.show(f"W8, strength {strength}, {name}", ends, weights=_int8_weight, strength=strength)
+            for how, inputs in (("even", _int8_even), ("with zero-points", _int8)):
+                bench.show(f"A8 {how}, strength {strength}, {name}", ends, inputs=inputs, strength=strength)
+    bench.show("FP8, all", ("_proj",), weights=_float8, inputs=_float8)
+    bench.show("FP8 weights, all", ("_proj",), weights=_float8)
+    bench.show("FP8 activations, all", ("_proj",), inputs=_float8)
 
 
 class Simulation:
@@ -63,11 +68,10 @@ class Simulation:
         self,
         what: str,
         ends: tuple[str, ...],
-        quantize: Round,
         *,
         strength: float | None = None,
-        weights: bool = True,
-        inputs: bool = True,
+        weights: Round | None = None,
+        inputs: Round | None = None,
     ) -> None:
         """Print what rounding the weights, the inputs or both costs in the layers whose names end so."""
         hooks = []
@@ -77,10 +81,10 @@ class Simulation:
             if strength is not None:
                 scale = smoothing_scale(self._largest[names[0]], [self._weights[name] for name in names], strength)
             for name in names:
-                if weights:
-                    self._layers[name].weight.data = quantize(self._weights[name] * scale) / scale
-                if inputs:
-                    hooks.append(self._layers[name].register_forward_pre_hook(partial(_round_input, quantize, scale)))
+                if weights is not None:
+                    self._layers[name].weight.data = weights(self._weights[name] * scale) / scale
+                if inputs is not None:
+                    hooks.append(self._layers[name].register_forward_pre_hook(partial(_round_input, inputs, scale)))
         divergence = kl_divergence_of_logits(self._original, self._logits(self._tokens)).flatten().sort().values
         print(f"{what:40} {1000 * float(divergence[: int(KEPT_TOKENS * len(divergence))].mean()):8.2f}", flush=True)
         for hook in hooks:
@@ -101,9 +105,17 @@ def _round_input(quantize: Round, scale: Tensor, _: nn.Module, arguments: tuple[
     return (quantize(arguments[0] / scale) * scale,)
 
 
-def _int8(values: Tensor) -> Tensor:
-    scale = values.abs().amax(dim=-1, keepdim=True).clamp(min=1e-12) / 127
-    return torch.round(values / scale).mul_(scale)
+def _int8_weight(weight: Tensor) -> Tensor:
+    grid = Grid(8, weight.shape[1], True, torch.bfloat16)
+    return quantize_to_nearest(weight.contiguous(), grid, clip_search=False).dequantize()
+
+
+def _int8(inputs: Tensor) -> Tensor:
+    return round_tokens(inputs, None, symmetric=False)
+
+
+def _int8_even(inputs: Tensor) -> Tensor:
+    return round_tokens(inputs, None, symmetric=True)
 
 
 def _float8(values: Tensor) -> Tensor:

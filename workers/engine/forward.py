@@ -18,6 +18,7 @@ from typing import Any
 import greenlet
 from torch import Tensor, nn
 
+from workers.engine.device import inexact_products
 from workers.engine.holdings import Holdings, MemoryBudget
 from workers.errors import is_out_of_memory, model_unusable
 
@@ -42,8 +43,10 @@ class ForwardPass:
         options: Mapping[str, Any] | None = None,
         *,
         heeds_transforms: bool = True,
+        is_exact: bool = True,
         budget: MemoryBudget | None = None,
     ) -> None:
+        self._products = nullcontext if is_exact else inexact_products
         self.input_shape = input_ids.shape  # batch × tokens
         self._holdings = None if budget is None else Holdings(budget, model)
         self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, **(options or {})).logits)
@@ -74,7 +77,7 @@ class ForwardPass:
         if self._holdings is not None:
             self._holdings.bring_back()
         try:
-            with self._holdings or nullcontext():
+            with self._holdings or nullcontext(), self._products():
                 reached: Stop | Tensor = self._greenlet.switch()
         except Exception as error:
             if is_out_of_memory(error):

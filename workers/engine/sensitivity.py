@@ -129,7 +129,9 @@ class _Measurement:
         self._stops = [*map(skeleton.block_name, range(skeleton.num_blocks)), skeleton.end]
         (compared,) = part_of([max(calibration, key=torch.numel)], NUM_COMPARED_TOKENS)
         self._original = skeleton.forward_pass(compared)
-        self._inputs = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_INPUT_TOKENS)]
+        self._inputs = [
+            skeleton.forward_pass(samples, is_exact=False) for samples in part_of(calibration, NUM_INPUT_TOKENS)
+        ]
         # As many as there are layers in all: what they hold while they wait must not grow with the depth.
         budget = MemoryBudget(journal.folder / "waiting", 0)
         self._changed = {leader: skeleton.forward_pass(compared, budget=budget) for leader in groups}

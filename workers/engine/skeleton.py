@@ -94,14 +94,23 @@ class Skeleton:
         return module
 
     def forward_pass(
-        self, input_ids: Tensor, *, heeds_transforms: bool = True, budget: MemoryBudget | None = None
+        self,
+        input_ids: Tensor,
+        *,
+        heeds_transforms: bool = True,
+        is_exact: bool = True,
+        budget: MemoryBudget | None = None,
     ) -> ForwardPass:
-        """A batch (sequences × tokens) before its way through the model."""
+        """A batch (sequences × tokens) before its way through the model.
+
+        One that is not ``is_exact`` computes its products in the way that is fastest: enough for statistics.
+        """
         return ForwardPass(
             self.model,
             input_ids.to(self.device),
             self.architecture.call_options,
             heeds_transforms=heeds_transforms,
+            is_exact=is_exact,
             budget=budget,
         )
 

@@ -93,9 +93,11 @@ class Stream:
         budget = MemoryBudget(self.journal.folder / "waiting", self._waiting_bytes)
         passes = []
         if not self.recipe.calibrates_on_original:
-            passes = [skeleton.forward_pass(ids, budget=budget) for ids in batches]
+            passes = [skeleton.forward_pass(ids, is_exact=False, budget=budget) for ids in batches]
         if self.recipe.calibrates_on_original or "drift" in self.recipe.statistics:
-            originals = [skeleton.forward_pass(ids, heeds_transforms=False, budget=budget) for ids in batches]
+            originals = [
+                skeleton.forward_pass(ids, heeds_transforms=False, is_exact=False, budget=budget) for ids in batches
+            ]
             self._originals = Originals(skeleton, originals)
         compressed = [*passes, probe_pass]
         with self._timed("write"):

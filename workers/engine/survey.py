@@ -34,7 +34,7 @@ def survey(
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
     stops = [*blocks, *(f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups)]
     gates = [Gate(name, skeleton.module(name), stops=True) for name in stops]
-    passes = [skeleton.forward_pass(samples) for samples in part_of(calibration, NUM_TOKENS)]
+    passes = [skeleton.forward_pass(samples, is_exact=False) for samples in part_of(calibration, NUM_TOKENS)]
     journal.begin_again_unless_whole([[*each.input_shape, skeleton.hidden_size] for each in passes])
     curves = [{name: ErrorCurve.from_json(curve) for name, curve in entry.items()} for entry in journal.entries]
     first = len(curves)

@@ -72,6 +72,24 @@ def test_what_is_set_while_a_pass_waits_changes_what_it_reads_from_there_on() ->
     assert ForwardPass(model, torch.tensor([1.0])).finish().item() == 3
 
 
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_only_a_pass_that_need_not_be_exact_computes_products_otherwise_and_only_while_it_runs(is_exact: bool) -> None:
+    seen, usual = [], torch.get_float32_matmul_precision()
+    model = Model()
+    Gate("first", model.first, stops=True)
+    model.first.register_forward_hook(lambda *_: seen.append(torch.get_float32_matmul_precision()))
+    one = ForwardPass(model, torch.tensor([1.0]), is_exact=is_exact)
+    one.advance_to("first")
+    assert torch.get_float32_matmul_precision() == usual == "highest"
+    one.finish()
+    assert torch.get_float32_matmul_precision() == usual
+    model.error = RuntimeError("broken")
+    with pytest.raises(UserError):
+        ForwardPass(model, torch.tensor([1.0]), is_exact=is_exact).finish()
+    assert torch.get_float32_matmul_precision() == usual
+    assert set(seen) == {"highest" if is_exact else "medium"}
+
+
 def test_a_model_that_cannot_be_run_is_the_users_to_mend() -> None:
     one = started(Model(ZeroDivisionError("division by zero")), 1.0)
     one.advance_to("first")
