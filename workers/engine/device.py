@@ -41,8 +41,8 @@ def peak_device_memory_bytes() -> int | None:
 def inexact_products() -> Iterator[None]:
     """Let products of float32 matrices be computed in the way that is fastest here.
 
-    That may be with factors of fewer bits, summed in float32: TF32 on CUDA, bfloat16 on CPUs with tiles for it. On other
-    CPUs it is float32 still, by oneDNN in place of MKL, which took 1.4 times as long on an AMD EPYC.
+    That may be with factors of fewer bits, summed in float32: TF32 on CUDA, bfloat16 on CPUs with tiles for it. On
+    other CPUs it is float32 still, by oneDNN in place of MKL, which took 1.4 times as long on an AMD EPYC.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
