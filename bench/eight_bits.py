@@ -36,11 +36,13 @@ Round = Callable[[Tensor], Tensor]
 def main() -> None:
     """Print a line for each kind of layers and way of rounding."""
     bench = Simulation()
-    for strength in (None, 0.5, 0.7, 0.8):
-        for name, ends in KINDS.items():
-            bench.show(f"W8, strength {strength}, {name}", ends, weights=_int8_weight, strength=strength)
-            for how, inputs in (("even", _int8_even), ("with zero-points", _int8)):
-                bench.show(f"A8 {how}, strength {strength}, {name}", ends, inputs=inputs, strength=strength)
+    for name, ends in KINDS.items():
+        for strength in (None, 0.5, 0.8):
+            here = f"{name}, strength {strength}"
+            bench.show(f"W8, {here}", ends, weights=_int8_weight, strength=strength)
+            for how, inputs in (("even", _int8_even), ("zero-points", _int8)):
+                bench.show(f"A8 {how}, {here}", ends, inputs=inputs, strength=strength)
+                bench.show(f"W8A8 {how}, {here}", ends, weights=_int8_weight, inputs=inputs, strength=strength)
     bench.show("FP8, all", ("_proj",), weights=_float8, inputs=_float8)
     bench.show("FP8 weights, all", ("_proj",), weights=_float8)
     bench.show("FP8 activations, all", ("_proj",), inputs=_float8)
@@ -86,7 +88,7 @@ class Simulation:
                 if inputs is not None:
                     hooks.append(self._layers[name].register_forward_pre_hook(partial(_round_input, inputs, scale)))
         divergence = kl_divergence_of_logits(self._original, self._logits(self._tokens)).flatten().sort().values
-        print(f"{what:40} {1000 * float(divergence[: int(KEPT_TOKENS * len(divergence))].mean()):8.2f}", flush=True)
+        print(f"{what:48} {1000 * float(divergence[: int(KEPT_TOKENS * len(divergence))].mean()):8.2f}", flush=True)
         for hook in hooks:
             hook.remove()
         for name, weight in self._weights.items():

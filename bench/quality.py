@@ -70,7 +70,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         for name, stage in _widths("gptq").items()
     },
     "smoothquant": {"technique": "smoothquant"},
-    "smoothquant-0.5": {"technique": "smoothquant", "smoothing_strength": 0.5},  # the peer's, everywhere
+    "smoothquant-even": {"technique": "smoothquant", "symmetric_activations": True},
     "dynamic_int8": {"technique": "dynamic_int8"},
     "fp8": {"technique": "round_to_nearest", "scheme": "FP8"},
     "nf4": {"technique": "round_to_nearest", "scheme": "NF4"},
@@ -78,7 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 # What llm-compressor cannot do without an accelerator, or not at all.
 WITHOUT_PEER = {
     *("awq-4", "awq-3", "magnitude-50", "magnitude-60", "magnitude-2:4", "nf4", "mixed-4", "mixed-3"),
-    *("asymmetric-4", "asymmetric-3", "smoothquant-0.5"),
+    *("asymmetric-4", "asymmetric-3", "smoothquant-even"),
 }
 CLAIMS = [
     *((f"{other}-{bits}", f"gptq-{bits}") for bits in (4, 3) for other in ("mixed", "asymmetric")),
