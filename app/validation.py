@@ -11,7 +11,7 @@ from pydantic import BaseModel
 from pydantic_core.core_schema import ErrorType
 
 from app.body_schema import BodySchema
-from workers.recipe import RecipeError
+from workers.recipe_rules import RecipeError
 from workers.techniques import TECHNIQUES
 from workers.techniques.options import OptionError
 

@@ -1,10 +1,9 @@
-"""The recipe: everything that decides the bytes of an artifact, and the rules that span its stages."""
+"""The recipe: everything that decides the bytes of an artifact."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,14 +18,14 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from workers.techniques import TECHNIQUES, MixedPrecision, PruningOptions, QuantizationOptions, Stage
+from workers.recipe_rules import Packing, check_stages, packings_of
+from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
 from workers.techniques.options import Statistic
-from workers.techniques.schemes import PACKED_BITS, ActivationGrid, SchemeFacts
+from workers.techniques.schemes import ActivationGrid, SchemeFacts
 
 RECIPE_VERSION: Literal[1] = 1
 
 Format = Literal["compressed-tensors", "bitsandbytes", "safetensors", "sparse-bitmask"]
-Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
 _DATASET = re.compile(r"(builtin|hub|file):[^\x00-\x1f\x7f]{1,500}")
 
@@ -174,7 +173,7 @@ class Recipe(_Part):
 
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
-        check_stages(self)
+        check_stages(self.stages, self.output)
         return self
 
     @property
@@ -240,125 +239,3 @@ def _scheme_of(stage: object) -> SchemeFacts | None:
         return None
     assert isinstance(stage, Mapping)
     return technique.facts_of(stage)
-
-
-def packings_of(scheme: SchemeFacts) -> tuple[Packing, ...]:
-    """The ways in which compressed-tensors stores codes of a scheme, the usual one first; none for odd widths."""
-    if scheme.dtype is not None or scheme.is_normal:
-        return ()
-    if scheme.is_float:
-        return ("float-quantized",)
-    if scheme.quantizes_activations:
-        return ("int-quantized",)
-    if scheme.num_bits not in PACKED_BITS:
-        return ()
-    return ("pack-quantized", "int-quantized") if scheme.num_bits == 8 else ("pack-quantized",)
-
-
-class RecipeError(ValueError):
-    """A rule that spans stages is broken; ``param`` is relative to the recipe."""
-
-    def __init__(self, code: str, param: str, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-        self.param = param
-
-
-def check_stages(recipe: Recipe) -> None:
-    """Raise RecipeError where the stages do not fit each other or the output."""
-    quantizing = [index for index, stage in enumerate(recipe.stages) if isinstance(stage, QuantizationOptions)]
-    if len(quantizing) > 1:
-        raise RecipeError(
-            "stages_conflict", f"stages[{quantizing[1]}].technique", "a model is quantized once; keep one such stage"
-        )
-    if quantizing and quantizing[0] != len(recipe.stages) - 1:
-        raise RecipeError(
-            "stages_conflict",
-            f"stages[{quantizing[0] + 1}].technique",
-            "nothing can follow quantization; move this stage before it",
-        )
-    _check_sparsities(recipe)
-    output, quantization = recipe.output, recipe.quantization
-    if output.format in ("compressed-tensors", "bitsandbytes") and quantization is None:
-        raise RecipeError(
-            "output_format_impossible",
-            "output.format",
-            f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
-        )
-    if output.format == "sparse-bitmask" and quantization is not None:
-        raise RecipeError(
-            "output_format_impossible",
-            "output.format",
-            f"sparse-bitmask stores values that pruning left, and stages[{quantizing[0]}] quantizes them; "
-            "use compressed-tensors",
-        )
-    if output.format != "compressed-tensors" and output.packing is not None:
-        raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
-    if quantization is not None:
-        _check_output_of(quantization, output)
-
-
-def _check_sparsities(recipe: Recipe) -> None:
-    """Raise RecipeError ``stages_conflict`` where a pruning stage asks for no more zeros than that before it leaves."""
-    pruning = [(index, stage) for index, stage in enumerate(recipe.stages) if isinstance(stage, PruningOptions)]
-    for (before, earlier), (index, later) in pairwise(pruning):
-        assert earlier.sparsity is not None
-        assert later.sparsity is not None
-        is_uniform = all(each.pattern is None and each.allocation == "uniform" for each in (earlier, later))
-        if is_uniform and later.sparsity <= earlier.sparsity and set(earlier.ignore) <= set(later.ignore):
-            raise RecipeError(
-                "stages_conflict",
-                f"stages[{index}].sparsity",
-                f"stages[{before}] leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
-            )
-
-
-def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:
-    """Raise RecipeError ``output_format_impossible`` where the output cannot say what the stage did."""
-    scheme, packings = quantization.facts, packings_of(quantization.facts)
-    if isinstance(quantization, MixedPrecision) and quantization.max_size_bytes and output.format == "safetensors":
-        raise RecipeError(
-            "output_format_impossible",
-            "output.format",
-            "safetensors stores values at full width, whatever max_size_bytes says; use compressed-tensors, or "
-            "average_bits",
-        )
-    if output.format == "safetensors":
-        if scheme.quantizes_activations:
-            raise RecipeError(
-                "output_format_impossible",
-                "output.format",
-                f"plain safetensors cannot say that activations are quantized, as {quantization.scheme} does; "
-                "use compressed-tensors",
-            )
-    elif output.format == "bitsandbytes":
-        if not scheme.is_normal:
-            raise RecipeError(
-                "output_format_impossible",
-                "output.format",
-                f"bitsandbytes stores NF4, not {quantization.scheme}; "
-                f"use {'compressed-tensors' if packings else 'safetensors'}",
-            )
-    elif scheme.is_normal:
-        raise RecipeError(
-            "output_format_impossible",
-            "output.format",
-            f"compressed-tensors has no codes for {quantization.scheme}; use bitsandbytes, or safetensors for values",
-        )
-    elif not packings:
-        raise RecipeError(
-            "output_format_impossible",
-            "output.format",
-            f"compressed-tensors packs codes of 4 and 8 bits and {quantization.scheme} has {scheme.num_bits}; "
-            "use safetensors, which stores values",
-        )
-    elif quantization.embeddings and output.packing != "pack-quantized":
-        raise RecipeError(
-            "output_format_impossible", "output.packing", "embeddings are read from pack-quantized codes alone"
-        )
-    elif output.packing not in packings:
-        raise RecipeError(
-            "output_format_impossible",
-            "output.packing",
-            f"{quantization.scheme} is stored as {' or '.join(packings)}, not as {output.packing}",
-        )

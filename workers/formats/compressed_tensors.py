@@ -13,7 +13,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils import compute_dynamic_scales_and_zp
 from torch import Tensor, nn
 
-from workers.recipe import Packing
+from workers.recipe_rules import Packing
 from workers.solvers.activations import round_tokens, token_scale
 from workers.solvers.quantization import Grid, QuantizedWeight
 from workers.techniques.schemes import ActivationGrid

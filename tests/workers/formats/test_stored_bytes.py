@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from workers.formats import bitsandbytes, compressed_tensors
-from workers.recipe import Packing
+from workers.recipe_rules import Packing
 from workers.solvers.quantization import FLOAT8, Grid, QuantizedWeight, quantize_to_nearest, quantize_to_normal_float
 
 

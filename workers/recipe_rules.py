@@ -1,0 +1,137 @@
+"""The rules that span the stages of a recipe and its output."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions, Stage
+from workers.techniques.schemes import PACKED_BITS, SchemeFacts
+
+if TYPE_CHECKING:
+    from workers.recipe import Output
+
+Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
+
+
+def packings_of(scheme: SchemeFacts) -> tuple[Packing, ...]:
+    """The ways in which compressed-tensors stores codes of a scheme, the usual one first; none for odd widths."""
+    if scheme.dtype is not None or scheme.is_normal:
+        return ()
+    if scheme.is_float:
+        return ("float-quantized",)
+    if scheme.quantizes_activations:
+        return ("int-quantized",)
+    if scheme.num_bits not in PACKED_BITS:
+        return ()
+    return ("pack-quantized", "int-quantized") if scheme.num_bits == 8 else ("pack-quantized",)
+
+
+class RecipeError(ValueError):
+    """A rule that spans stages is broken; ``param`` is relative to the recipe."""
+
+    def __init__(self, code: str, param: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.param = param
+
+
+def check_stages(stages: Sequence[Stage], output: Output) -> None:
+    """Raise RecipeError where the stages do not fit each other or the output."""
+    quantizing = [index for index, stage in enumerate(stages) if isinstance(stage, QuantizationOptions)]
+    if len(quantizing) > 1:
+        raise RecipeError(
+            "stages_conflict", f"stages[{quantizing[1]}].technique", "a model is quantized once; keep one such stage"
+        )
+    if quantizing and quantizing[0] != len(stages) - 1:
+        raise RecipeError(
+            "stages_conflict",
+            f"stages[{quantizing[0] + 1}].technique",
+            "nothing can follow quantization; move this stage before it",
+        )
+    _check_sparsities(stages)
+    quantization = next((stage for stage in stages if isinstance(stage, QuantizationOptions)), None)
+    if output.format in ("compressed-tensors", "bitsandbytes") and quantization is None:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
+        )
+    if output.format == "sparse-bitmask" and quantization is not None:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"sparse-bitmask stores values that pruning left, and stages[{quantizing[0]}] quantizes them; "
+            "use compressed-tensors",
+        )
+    if output.format != "compressed-tensors" and output.packing is not None:
+        raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
+    if quantization is not None:
+        _check_output_of(quantization, output)
+
+
+def _check_sparsities(stages: Sequence[Stage]) -> None:
+    """Raise RecipeError ``stages_conflict`` where a pruning stage asks for no more zeros than that before it leaves."""
+    pruning = [(index, stage) for index, stage in enumerate(stages) if isinstance(stage, PruningOptions)]
+    for (before, earlier), (index, later) in pairwise(pruning):
+        assert earlier.sparsity is not None
+        assert later.sparsity is not None
+        is_uniform = all(each.pattern is None and each.allocation == "uniform" for each in (earlier, later))
+        if is_uniform and later.sparsity <= earlier.sparsity and set(earlier.ignore) <= set(later.ignore):
+            raise RecipeError(
+                "stages_conflict",
+                f"stages[{index}].sparsity",
+                f"stages[{before}] leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
+            )
+
+
+def _check_output_of(quantization: QuantizationOptions, output: Output) -> None:
+    """Raise RecipeError ``output_format_impossible`` where the output cannot say what the stage did."""
+    scheme, packings = quantization.facts, packings_of(quantization.facts)
+    if isinstance(quantization, MixedPrecision) and quantization.max_size_bytes and output.format == "safetensors":
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            "safetensors stores values at full width, whatever max_size_bytes says; use compressed-tensors, or "
+            "average_bits",
+        )
+    if output.format == "safetensors":
+        if scheme.quantizes_activations:
+            raise RecipeError(
+                "output_format_impossible",
+                "output.format",
+                f"plain safetensors cannot say that activations are quantized, as {quantization.scheme} does; "
+                "use compressed-tensors",
+            )
+    elif output.format == "bitsandbytes":
+        if not scheme.is_normal:
+            raise RecipeError(
+                "output_format_impossible",
+                "output.format",
+                f"bitsandbytes stores NF4, not {quantization.scheme}; "
+                f"use {'compressed-tensors' if packings else 'safetensors'}",
+            )
+    elif scheme.is_normal:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"compressed-tensors has no codes for {quantization.scheme}; use bitsandbytes, or safetensors for values",
+        )
+    elif not packings:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"compressed-tensors packs codes of 4 and 8 bits and {quantization.scheme} has {scheme.num_bits}; "
+            "use safetensors, which stores values",
+        )
+    elif quantization.embeddings and output.packing != "pack-quantized":
+        raise RecipeError(
+            "output_format_impossible", "output.packing", "embeddings are read from pack-quantized codes alone"
+        )
+    elif output.packing not in packings:
+        raise RecipeError(
+            "output_format_impossible",
+            "output.packing",
+            f"{quantization.scheme} is stored as {' or '.join(packings)}, not as {output.packing}",
+        )
