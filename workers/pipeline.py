@@ -77,6 +77,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     if limit is not None and not recipe.stores_bitmasks:  # how large a bitmask's values are is known at the end alone
         StoredSize(skeleton, recipe).check(limit)
     _warn_of_ignored(recipe, skeleton, emit)
+    recipe = _without_zero_points_in_float16(recipe, skeleton, emit)
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
     if architecture.task == "masked":
@@ -131,6 +132,32 @@ def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
             )
             param = f"recipe.stages[{index}].ignore"
             emit({"event": "warning", "code": "ignores_nothing", "message": message, "param": param})
+
+
+def _without_zero_points_in_float16(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> Recipe:
+    """The recipe with even codes for the activations of a float16 model.
+
+    Loaders subtract a token's smallest value from its largest in the model's own type: float16 may not have the
+    difference, and of small values takes 2⁻¹⁰ for the least scale.
+    """
+    config, checkpoint = skeleton.checkpoint.config, skeleton.checkpoint
+    opened_as = config.get("dtype", config.get("torch_dtype"))
+    is_float16 = opened_as == "float16" or any(
+        checkpoint.stored_dtype(f"{layer}.weight") == torch.float16 for layer in skeleton.block_layers
+    )
+    if recipe.activations is None or recipe.activations.symmetric or not is_float16:
+        return recipe
+    *earlier, last = recipe.stages
+    emit(
+        {
+            "event": "warning",
+            "code": "even_activations",
+            "message": "The model is float16, which has not the range for zero-points of activations: they get even "
+            "codes, as under symmetric_activations. A checkpoint in bfloat16 or float32 would have them.",
+            "param": f"recipe.stages[{len(earlier)}].symmetric_activations",
+        }
+    )
+    return recipe.model_copy(update={"stages": [*earlier, last.model_copy(update={"symmetric_activations": True})]})
 
 
 def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:

@@ -68,19 +68,56 @@ def test_a_size_that_divides_only_some_layers_falls_back_and_says_so(tmp_path: P
     assert all("48" in each["message"] for each in fallbacks)
 
 
-@pytest.mark.parametrize("stage", [INT8, {"technique": "dynamic_int8"}, {**INT8, "scheme": "FP8"}], ids=str)
-@pytest.mark.parametrize("factor", [2.0**-9, 2.0**-13], ids=["hardly", "not"])
-def test_scales_that_float16_hardly_has_are_said(factor: float, stage: dict[str, Any], tmp_path: Path) -> None:
-    """The result is what was asked for as well as the type can, and is certified as such; the report says where."""
-    write_tiny_llama(tmp_path / "model")
-    path, layer = tmp_path / "model" / "model.safetensors", "model.layers.0.mlp.gate_proj"
+def write_float16_llama(folder: Path, scaled: dict[str, float]) -> None:
+    """In float16, weights of ``scaled`` layers times a factor."""
+    write_tiny_llama(folder)
+    path = folder / "model.safetensors"
     tensors = {name: tensor.to(torch.float16) for name, tensor in load_file(path).items()}
-    tensors[f"{layer}.weight"] *= factor
+    for name, factor in scaled.items():
+        tensors[f"{name}.weight"] *= factor
     save_file(tensors, path, {"format": "pt"})
+
+
+@pytest.mark.parametrize("stage", [INT8, {"technique": "dynamic_int8"}], ids=str)
+def test_scales_that_float16_hardly_has_are_said(stage: dict[str, Any], tmp_path: Path) -> None:
+    """The result is what was asked for as well as the type can, and is certified as such; the report says where."""
+    layer = "model.layers.0.mlp.gate_proj"
+    write_float16_llama(tmp_path / "model", {layer: 2.0**-11})
     attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [stage]})
     fallbacks = attempt.report["stages"][0]["fallbacks"]
     assert [(each["layer"], each["code"]) for each in fallbacks] == [(layer, "coarse_scales")]
-    assert "128 of its 128" in fallbacks[0]["message"]
+    assert "of its 128 scales" in fallbacks[0]["message"]
+
+
+@pytest.mark.parametrize("stage", [INT8, {**INT8, "scheme": "FP8"}], ids=str)
+def test_weights_that_one_step_of_float16_gives_exactly_are_no_trouble(stage: dict[str, Any], tmp_path: Path) -> None:
+    layer = "model.layers.0.mlp.gate_proj"
+    write_float16_llama(tmp_path / "model", {layer: 2.0**-15})
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [stage]})
+    assert attempt.report["stages"][0]["fallbacks"] == []
+
+
+def test_coarse_scales_of_an_embedding_are_said_too(tmp_path: Path) -> None:
+    write_float16_llama(tmp_path / "model", {"model.embed_tokens": 2.0**-13})
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [{**NEAREST, "embeddings": True}]})
+    fallbacks = attempt.report["stages"][0]["fallbacks"]
+    assert [(each["layer"], each["code"]) for each in fallbacks] == [("model.embed_tokens", "coarse_scales")]
+
+
+@pytest.mark.parametrize("is_float16", [True, False])
+def test_a_float16_model_has_even_codes_for_its_activations(is_float16: bool, tmp_path: Path) -> None:
+    """In float16 a token's smallest value less its largest may be infinity, where certification has float32."""
+    if is_float16:
+        write_float16_llama(tmp_path / "model", {})
+    else:
+        write_tiny_llama(tmp_path / "model")
+    attempt = certified(tmp_path / "work", tmp_path / "model", {"stages": [{"technique": "dynamic_int8"}]})
+    config = json.loads((attempt.artifact / "config.json").read_text())["quantization_config"]
+    assert config["config_groups"]["group_0"]["input_activations"]["symmetric"] == is_float16
+    recipe = json.loads((attempt.artifact / "recipe.json").read_text())["recipe"]
+    assert recipe["stages"][0]["symmetric_activations"] == is_float16
+    warnings = [event["code"] for event in attempt.events if event["event"] == "warning"]
+    assert ("even_activations" in warnings) == is_float16
 
 
 def test_what_makes_nothing_smaller_is_refused(tiny_llama: Path, tmp_path: Path) -> None:

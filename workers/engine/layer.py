@@ -80,8 +80,16 @@ class Layer:
         """Have the report say how many groups are coarser than asked for, as float16 hardly has their scales."""
         if self.quantized is None or self.quantized.grid.scale_dtype != torch.float16:
             return
-        scale = self.quantized.scale.abs()
-        num_coarse = int((scale < COARSE_SCALE).sum())
+        grid, scale = self.quantized.grid, self.quantized.scale.abs()
+        if not bool((scale < COARSE_SCALE).any()):
+            return
+        weight = self.weight.reshape(*scale.shape, -1)
+        error = (self.quantized.dequantize().view_as(weight) - weight).abs()
+        step = weight.abs().amax(dim=-1, keepdim=True) / grid.largest_code
+        asked_for = torch.maximum(weight.abs() / 16, step * 2**-10) if grid.is_float else step / 2
+        # What a search has cut off lies beyond a scale that is no larger than was asked for.
+        is_coarse = (error > 1.01 * asked_for).any(dim=-1) & (scale < COARSE_SCALE) & (scale > 1.05 * step.squeeze(-1))
+        num_coarse = int(is_coarse.sum())
         if num_coarse:
             self.fall_back(
                 "coarse_scales",

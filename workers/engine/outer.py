@@ -71,6 +71,7 @@ class Outer:
         layer.stores_codes = self._recipe.stores_codes
         grid = layer.grid(options)
         layer.quantized = _round_rows(layer.weight, grid)
+        layer.note_coarse_scales()
         self.result.metrics[-1][module] = {"num_bits": grid.num_bits, "group_size": grid.group_size}
         self.result.fallbacks[-1] += layer.fallbacks
         if self._recipe.output.packing is None:

@@ -47,6 +47,11 @@ class Grid:
         """The largest integer code."""
         return (1 << (self.num_bits - 1)) - 1
 
+    @property
+    def largest_code(self) -> float:
+        """How many steps there are from zero to the largest weight of a group that reaches to both sides of it."""
+        return torch.finfo(FLOAT8).max if self.is_float else (self.highest - self.lowest) / 2
+
 
 @dataclass(frozen=True)
 class QuantizedWeight:
@@ -158,9 +163,11 @@ def _covering(groups: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         return scale, torch.zeros_like(scale, dtype=torch.int8)
     scale, zero_point = _scales_at(groups, grid, 1.0, negative=False)
     # Of the largest numbers that there are, codes at the end of a grid that is a little smaller.
-    shorter = _scales_at(groups, grid, 1.0 - 2.0 / (grid.highest - grid.lowest), negative=False)
-    is_finite = _largest_value(scale, zero_point, grid) <= torch.finfo(grid.scale_dtype).max
-    return torch.where(is_finite, scale, shorter[0]), torch.where(is_finite, zero_point, shorter[1])
+    for steps_less in (0.5, 1.0, 2.0):
+        is_finite = _largest_value(scale, zero_point, grid) <= torch.finfo(grid.scale_dtype).max
+        shorter = _scales_at(groups, grid, 1.0 - steps_less / (grid.highest - grid.lowest), negative=False)
+        scale, zero_point = torch.where(is_finite, scale, shorter[0]), torch.where(is_finite, zero_point, shorter[1])
+    return scale, zero_point
 
 
 def _largest_value(scale: Tensor, zero_point: Tensor, grid: Grid) -> Tensor:
