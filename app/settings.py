@@ -106,7 +106,10 @@ class Settings(BaseSettings):
 
 def _required(value: str | None, name: str) -> str:
     if value is None:
-        raise SettingMissingError(f"set {name} or run attar serve")
+        raise SettingMissingError(
+            f"set {name}, as every process that runs by itself needs it; `attar serve` has all of them in one, "
+            "`--workers N` as many workers"
+        )
     return value
 
 

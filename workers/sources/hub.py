@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import httpx2
 from huggingface_hub import (
@@ -261,6 +262,7 @@ def _not_on_hub(kind: Kind, name: str, param: str) -> UserError:
 def _unreachable(problem: str) -> InfrastructureError:
     return InfrastructureError(
         "hub_unreachable",
-        f"The hub did not answer as it should: {problem}.",
-        hint="Try again later. For a model or a text that the service has in its own folders, write file:NAME.",
+        f"The hub at {urlsplit(endpoint()).hostname} did not answer as it should: {problem}.",
+        hint="Try again later. A model or a text that the service has in its own folders is file:NAME, an earlier "
+        "result job:ID; HF_ENDPOINT, where the service runs, names another hub.",
     )

@@ -43,7 +43,8 @@ def write_texts(
     """Write ``evaluation.jsonl``, and ``calibration.jsonl`` if a stage needs it; tell what they hold.
 
     From one source, every third document is evaluation's, whether or not anything is calibrated, so that results
-    compare. From two, evaluation leaves out the passages that calibration has, whatever file or layout they come in.
+    compare; of the built-in text always, whatever else is calibrated with. From two, evaluation leaves out the passages
+    that calibration has, whatever file or layout they come in.
     With ``labels`` each text of evaluation has its class, and is there whole or not at all.
     Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`.
     """
@@ -67,11 +68,19 @@ def write_texts(
                             used.add(document.text)
                         if not calibrating.add(document):
                             break
+
+            def evaluate(document: Document, /, *, num_removed: int) -> bool:
+                left = document if evaluation.allow_overlap else _left_of(document, used)
+                return evaluating.add(left, num_removed=num_removed + len(document.text) - len(left.text))
+
             with _located("recipe.evaluation.dataset"):
-                for document in sources.documents(evaluation):
-                    left = document if evaluation.allow_overlap else _left_of(document, used)
-                    if not evaluating.add(left, num_removed=len(document.text) - len(left.text)):
-                        break
+                documents = sources.documents(evaluation)
+                if evaluation.dataset == BUILTIN_DATASET and not evaluation.allow_overlap:
+                    divide(documents, _nothing, evaluate)
+                else:
+                    for document in documents:
+                        if not evaluate(document, num_removed=0):
+                            break
         if needs_calibration and not calibrating.num_documents:
             raise empty_dataset().at("recipe.calibration.dataset")
         if not evaluating.num_documents:
@@ -96,6 +105,11 @@ class Take(Protocol):
     def __call__(self, document: Document, /, *, num_removed: int) -> bool:
         """Take a document that lost so many characters before; False for having enough."""
         ...
+
+
+def _nothing(_document: Document, /, *, num_removed: int) -> bool:  # noqa: ARG001 - a `Take`
+    """A side that wants none of its documents, which are the other's no more for that."""
+    return False
 
 
 def divide(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> None:

@@ -45,6 +45,25 @@ def test_one_source_is_divided_by_document(tmp_path: Path) -> None:
     assert read(tmp_path, "calibration") == [text for text in documents if text not in read(tmp_path, "evaluation")]
 
 
+def test_the_built_in_text_is_evaluated_alike_whatever_calibrates(tmp_path: Path) -> None:
+    """Else the same evaluation would give other numbers for one model under two recipes."""
+    builtin, found = "builtin:python-docs", []
+    for index, (calibration, stage) in enumerate([(builtin, GPTQ), (builtin, ROUNDING), (inline("Mine."), GPTQ)]):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        write(folder, calibration, builtin, stage=stage)
+        found.append(read(folder, "evaluation"))
+    assert found[0] == found[1] == found[2]
+
+
+def test_passages_of_the_built_in_text_that_calibrate_are_not_evaluated(tmp_path: Path) -> None:
+    builtin = "builtin:python-docs"
+    write(tmp_path, builtin, builtin)
+    passage = read(tmp_path, "evaluation")[0]
+    write(tmp_path, inline(passage), builtin)
+    assert passage not in read(tmp_path, "evaluation")
+
+
 def test_a_text_that_repeats_in_one_source_stays_on_one_side(tmp_path: Path) -> None:
     documents = ["same", "a", "same ", "b", "same", "c", "\nsame"]
     write(tmp_path, inline(*documents), inline(*documents))
