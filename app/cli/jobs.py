@@ -48,7 +48,7 @@ def submit(
     constraint: Annotated[
         list[str] | None, typer.Option("--constraint", metavar="NAME=VALUE", help="Such as max_size_bytes=140000000.")
     ] = None,
-    metadata: Annotated[list[str] | None, typer.Option("--metadata", metavar="KEY=VALUE")] = None,
+    metadata: Annotated[list[str] | None, typer.Option("--metadata", metavar="NAME=VALUE")] = None,
     queue: Annotated[str | None, typer.Option(help="The workers' queue.")] = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
     timeout_seconds: Annotated[int | None, typer.Option(help="Seconds after which an attempt fails.")] = None,

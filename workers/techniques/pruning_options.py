@@ -46,6 +46,13 @@ class PruningOptions(StageOptions):
         ),
     ] = "uniform"
 
+    @field_validator("mask_structure", mode="before")
+    @classmethod
+    def _is_text(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            raise ValueError("must be text; in YAML quote it, as in `'2:4'`, which is a number without")  # noqa: TRY004
+        return value
+
     @field_validator("mask_structure")
     @classmethod
     def _known_structure(cls, value: str) -> str:

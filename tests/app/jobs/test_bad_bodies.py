@@ -65,6 +65,7 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
         ([{**PRUNING, "sparsity": 1.5}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "sparsity": -0.1}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "mask_structure": "1٢:4٤"}], "invalid_value", "recipe.stages[0].mask_structure"),
+        ([{**PRUNING, "mask_structure": 124}], "invalid_value", "recipe.stages[0].mask_structure"),  # 2:4 in YAML
         ([{**PRUNING, "mask_structure": "4:2"}], "invalid_value", "recipe.stages[0].mask_structure"),
         ([{**PRUNING, "mask_structure": "2:4", "sparsity": 0.9}], "invalid_value", "recipe.stages[0].sparsity"),
         ([{**PRUNING, "mask_structure": "2:4", "allocation": "error"}], "invalid_value", "recipe.stages[0].allocation"),
