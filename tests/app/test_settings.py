@@ -33,7 +33,7 @@ def test_an_empty_variable_is_an_unset_one(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_a_role_that_needs_a_missing_url_says_what_to_do() -> None:
-    with pytest.raises(SettingMissingError, match="set ATTAR_DATABASE_URL, .*`attar serve`"):
+    with pytest.raises(SettingMissingError, match=r"set ATTAR_DATABASE_URL, .*`attar serve`"):
         _ = Settings().required_database_url
     with pytest.raises(SettingMissingError, match="ATTAR_REDIS_URL"):
         _ = Settings().required_redis_url
