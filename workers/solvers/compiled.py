@@ -124,7 +124,6 @@ def search_scales(
     # Below its smallest normal number a type has even steps: in float16 an 8-bit scale soon is there.
     tiny = np.float32(torch.finfo(scale_dtype).tiny)
     step_below_tiny = np.float32(torch.finfo(scale_dtype).smallest_normal * torch.finfo(scale_dtype).eps)
-
     most = np.float32(torch.finfo(scale_dtype).max)
 
     def search(part: slice) -> None:

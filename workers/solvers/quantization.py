@@ -204,10 +204,11 @@ def _as_stored(scale: Tensor, largest_code: float, dtype: torch.dtype) -> Tensor
     # lies at the last code, and so that a small weight is not zero.
     step = facts.smallest_normal * facts.eps
     stored = torch.where(size < facts.smallest_normal, torch.ceil(size / step) * step, stored)
-    limit = torch.tensor(facts.max / largest_code * (1.0 - facts.eps)).to(dtype).to(stored)
-    stored = torch.where(stored * largest_code > facts.max, limit, stored)
+    # Filled in as numbers: a tensor of the CPU's could not be copied while a CUDA graph is captured.
+    limit = float(torch.tensor(facts.max / largest_code * (1.0 - facts.eps)).to(dtype))
+    stored = stored.masked_fill(stored * largest_code > facts.max, limit)
     # In a group of zeros any scale gives codes of zero.
-    return torch.where(size == 0, 1.0, stored.copysign(scale))
+    return stored.copysign(scale).masked_fill(size == 0, 1.0)
 
 
 @LaunchedAsOne
