@@ -6,8 +6,8 @@ RUN := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 PIP := $(RUN) -m pip --disable-pip-version-check -qq
 DEMO_HOME := $(CURDIR)/.demo
-# Two at a time, a file each: half of the tests wait for processes. Threads that spin while they wait would hinder both.
-PYTEST := OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -q -n 2 --dist loadfile
+# Two at a time: half of the tests wait for processes. Threads that spin while they wait would hinder both.
+PYTEST := OMP_WAIT_POLICY=PASSIVE $(RUN) -m pytest -q -n 2
 
 .DEFAULT_GOAL := help
 .PHONY: help environment demo serve test check test-long lint lock clean
@@ -52,13 +52,13 @@ lint: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 check: lint
-	$(PYTEST) -m "not service and not job and not long"
+	$(PYTEST) --dist loadfile -m "not service and not job and not long"
 
 test: lint
-	$(PYTEST) -m "not long"
+	$(PYTEST) --dist loadfile -m "not long"
 
 test-long: $(INSTALLED)
-	$(RUN) -m pytest -q -m long
+	$(PYTEST) -m long
 
 lock: $(INSTALLED)
 	$(RUN) requirements/write_locks.py

@@ -27,6 +27,7 @@ _KNOWN = frozenset(get_args(ErrorType))
 _TYPE_FAULTS = frozenset(kind for kind in _KNOWN if kind.endswith(("_type", "_parsing")))
 # The kinds with which a percentage is refused where a fraction is wanted.
 _FRACTION_FAULTS = frozenset({"less_than", "less_than_equal", "float_type"})
+_IN_JSON = {"True": "true", "False": "false"}
 _PERCENTAGE = re.compile(r"([0-9]{1,3}(?:\.[0-9]{1,9})?) ?%")
 
 MAX_ERRORS = 100
@@ -102,6 +103,10 @@ def _fault(path: list[str | int], error: Mapping[str, Any]) -> Fault:
         detail = f"There is no field {path[-1]!r} here."
     elif kind == "string_pattern_mismatch":
         detail = f"{str(error['input'])[:100]!r} does not have the form {context['pattern']}."
+    elif kind == "none_required":
+        detail = "Input should be null"
+    elif kind == "literal_error" and context["expected"] in _IN_JSON:
+        detail = f"Input should be {_IN_JSON[context['expected']]}"
     elif kind in _FRACTION_FAULTS:
         hint = _fraction_for(error["input"], context)
     elif kind == "missing":

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
 from app.cli.connection import open_client
-from app.cli.output import AsJson, console, plain, print_json
+from app.cli.output import AsJson, Failed, console, plain, print_json
 
 
 def register(application: typer.Typer) -> None:
@@ -32,10 +32,19 @@ def recipes(as_json: AsJson = False) -> None:
     console.print(table)
 
 
-def techniques(as_json: AsJson = False) -> None:
+def techniques(
+    name: Annotated[str | None, typer.Argument(help="Show this one alone.", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
     """List every technique with its options."""
     with open_client() as client:
         answer = client.techniques()
+    if name is not None:
+        names = [technique["name"] for technique in answer["data"]]
+        if name not in names:
+            hint = f"One of: {', '.join(names)}."
+            raise Failed(f"there is no technique {plain(name)!r}", code="unknown_technique", exit_code=2, hint=hint)
+        answer["data"] = [technique for technique in answer["data"] if technique["name"] == name]
     if as_json:
         print_json(answer)
         return

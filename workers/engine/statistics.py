@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor
 
+from workers.engine.device import inexact_products
 from workers.errors import UserError
 from workers.solvers.activations import column_sums
 from workers.solvers.hessian import InverseFactor, NotPositiveDefiniteError, accumulate, inverse_factor, symmetrize
@@ -34,11 +35,15 @@ class InputStatistics:
         self._factors: dict[tuple[bool, float], InverseFactor | None] = {}
 
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
-        """Take in the input of one batch, … × in_features; and what the original model reads in its place."""
+        """Take in the input of one batch, … × in_features; and what the original model reads in its place.
+
+        Where products round their factors, the Hessian is that of the rounded input: it stays positive semidefinite.
+        """
         rows = inputs.reshape(-1, inputs.shape[-1])
         self.num_tokens += rows.shape[0]
         if self._hessian is not None:
-            accumulate(self._hessian, rows)
+            with inexact_products():
+                accumulate(self._hessian, rows)
         if self._squares is not None or self._absmax is not None:
             squares, largest = column_sums(rows)
             if self._squares is not None:
@@ -47,7 +52,8 @@ class InputStatistics:
                 torch.maximum(self._absmax, largest, out=self._absmax)
         if self._drift is not None:
             assert original is not None
-            self._drift.addmm_((original.reshape(rows.shape) - rows).T, rows)
+            with inexact_products():
+                self._drift.addmm_((original.reshape(rows.shape) - rows).T, rows)
 
     def finish(self) -> None:
         """Say that every batch is in: sums become means over tokens.

@@ -6,7 +6,9 @@ import errno
 import os
 import stat
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,6 +19,8 @@ _FOLDER_FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # A FIFO or a device would block open() or read() for ever without O_NONBLOCK.
 _FILE_FLAGS = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MAX_FILES = 10_000
+_MAX_COMPARED = 1_000  # names; where a folder has more, one that is nearer may be missed
+_LONGEST_COMPARED = 50  # characters of a name; what is longer resembles none
 
 
 class CheckpointFolder:
@@ -60,7 +64,8 @@ class CheckpointFolder:
 def open_model(parts: Sequence[str], model_roots: Sequence[Path]) -> Iterator[tuple[CheckpointFolder, str | None]]:
     """The model's folder; with the name of a GGUF file in it when ``parts`` end in that file instead.
 
-    Roots are tried in order. Raises UserError ``model_not_found`` or ``symlink_refused``.
+    Roots are tried in order. Raises UserError ``model_not_found``, with a similar name that is there, or
+    ``symlink_refused``.
     """
     for root in model_roots:
         is_file = parts[-1].endswith(".gguf")
@@ -77,7 +82,7 @@ def open_model(parts: Sequence[str], model_roots: Sequence[Path]) -> Iterator[tu
             return
         finally:
             os.close(descriptor)
-    raise _not_found("/".join(parts), "no model root holds it")
+    raise _not_found("/".join(parts), "no model root holds it", _nearest(parts, model_roots))
 
 
 @contextmanager
@@ -107,6 +112,28 @@ def open_file(parts: Sequence[str], model_roots: Sequence[Path]) -> int | None:
         finally:
             os.close(folder)
     return None
+
+
+def _nearest(parts: Sequence[str], model_roots: Sequence[Path]) -> str | None:
+    """The path that resembles ``parts`` up to where they leave what is there; None where nothing does."""
+    for root in model_roots:
+        for depth in reversed(range(len(parts))):
+            with suppress(FileNotFoundError):
+                names = _names_in(root, parts[:depth])
+                nearest = get_close_matches(parts[depth][:_LONGEST_COMPARED], names, n=1)
+                if nearest:
+                    return "/".join([*parts[:depth], *nearest])
+                break
+    return None
+
+
+def _names_in(root: Path, folders: Sequence[str]) -> list[str]:
+    descriptor = _walk(root, folders)
+    try:
+        with os.scandir(descriptor) as entries:
+            return [entry.name for entry in islice(entries, _MAX_COMPARED) if entry.name.isprintable()]
+    finally:
+        os.close(descriptor)
 
 
 def _walk(root: Path, folders: Sequence[str]) -> int:
@@ -164,10 +191,11 @@ def symlink_refused(name: str) -> UserError:
     )
 
 
-def _not_found(name: str, problem: str) -> UserError:
+def _not_found(name: str, problem: str, nearest: str | None = None) -> UserError:
+    meant = f"Is 'file:{nearest}' meant? " if nearest else ""
     return UserError(
         "model_not_found",
         f"There is no model file:{name}: {problem}.",
         param="model.id",
-        hint="Put the model's folder under one of the folders of ATTAR_MODEL_ROOTS.",
+        hint=f"{meant}Put the model's folder under one of the folders of ATTAR_MODEL_ROOTS.",
     )

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
 from workers.techniques.options import Kind, OptionError, StageOptions
 from workers.techniques.schemes import NORMAL_FLOAT_GROUP_SIZES, SCHEMES, ActivationGrid, Scheme, SchemeFacts
+
+if TYPE_CHECKING:
+    from workers.engine.layer import Layer
 
 
 class QuantizationOptions(StageOptions):
@@ -126,3 +129,19 @@ class ActivationOptions(QuantizationOptions):
         if not self.facts.quantizes_activations:
             return None
         return ActivationGrid(self.facts.is_float, self.facts.is_float or self.symmetric_activations)
+
+
+class EightBitOptions(ActivationOptions):
+    """The same of one that knows W8A8 alone, and rounds each weight to the nearest code."""
+
+    scheme: Literal["W8A8"] = "W8A8"
+    group_size: Annotated[None, Field(description="W8A8 has one scale per output channel.")] = None
+    symmetric: Annotated[Literal[True], Field(description="The weights of W8A8 have no zero-points.")] = True
+    embeddings: Annotated[Literal[False], Field(description="W8A8 does without: it is of linear layers.")] = False
+
+    def compress(self, layer: Layer) -> dict[str, Any]:
+        """Round the weights of ``layer``; its input is quantized by whoever runs the model."""
+        from workers.solvers.quantization import quantize_to_nearest
+
+        layer.quantized = quantize_to_nearest(layer.weight, layer.grid(self), clip_search=False, zeros=layer.zeros)
+        return {}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from workers.techniques.options import Statistic
-from workers.techniques.quantization_options import ActivationOptions
+from workers.techniques.quantization_options import EightBitOptions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from workers.engine.layer import Layer
 
 
-class SmoothQuant(ActivationOptions):
+class SmoothQuant(EightBitOptions):
     """8-bit weights and activations, smoothed; arXiv:2211.10438."""
 
     summary: ClassVar[str] = (
@@ -27,7 +27,6 @@ class SmoothQuant(ActivationOptions):
     rescales_inputs: ClassVar[bool] = True
 
     technique: Literal["smoothquant"] = "smoothquant"
-    scheme: Literal["W8A8"] = "W8A8"
     smoothing_strength: Annotated[
         float,
         Field(
@@ -53,10 +52,3 @@ class SmoothQuant(ActivationOptions):
 
         strength = self.linear_smoothing_strength if producer.kind == "linear" else self.smoothing_strength
         return smoothing_scale(layers[0].statistics.input_absmax, [layer.weight for layer in layers], strength)
-
-    def compress(self, layer: Layer) -> dict[str, Any]:
-        """Round the weights of ``layer``; its input is quantized by whoever runs the model."""
-        from workers.solvers.quantization import quantize_to_nearest
-
-        layer.quantized = quantize_to_nearest(layer.weight, layer.grid(self), clip_search=False, zeros=layer.zeros)
-        return {}

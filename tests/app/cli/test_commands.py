@@ -71,6 +71,7 @@ def test_every_command_speaks_json(attar: Attar, model_id: str) -> None:
     assert parsed(attar("cancel", job["id"], "--json"))["status"] == "cancelled"
     assert {preset["name"] for preset in parsed(attar("recipes", "--json"))["data"]} >= {"int8", "int4", "sparse50"}
     assert "gptq" in [technique["name"] for technique in parsed(attar("techniques", "--json"))["data"]]
+    assert [technique["name"] for technique in parsed(attar("techniques", "gptq", "--json"))["data"]] == ["gptq"]
     refused = attar("show", "job_none", "--json")
     assert refused.returncode == 3
     assert json.loads(refused.stderr)["code"] == "job_not_found"

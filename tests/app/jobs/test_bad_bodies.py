@@ -115,6 +115,17 @@ def test_a_wrong_stage_is_named(refused: Refused, stages: Any, code: str, param:
     assert (problem["code"], problem["param"]) == (code, param)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [("group_size", 128, "null"), ("symmetric", False, "true"), ("embeddings", True, "false")],
+)
+def test_an_option_with_one_value_says_it_in_the_words_of_json(
+    refused: Refused, option: str, value: Any, told: str
+) -> None:
+    problem = refused(422, recipe={"stages": [{"technique": "dynamic_int8", option: value}]})
+    assert (problem["param"], problem["detail"]) == (f"recipe.stages[0].{option}", f"Input should be {told}.")
+
+
 @pytest.mark.parametrize("stage", [GPTQ, PRUNING, NF4, {**MIXED, "average_bits": 5.0}])
 def test_a_limit_that_no_result_of_the_recipe_keeps_is_refused(refused: Refused, stage: dict[str, Any]) -> None:
     problem = refused(422, recipe={"stages": [stage]}, constraints={"max_size_bytes": 50_000})

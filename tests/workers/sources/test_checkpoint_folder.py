@@ -62,6 +62,25 @@ def test_what_is_no_folder_is_not_found(root: Path) -> None:
         assert (caught.value.code, caught.value.param) == ("model_not_found", "model.id")
 
 
+@pytest.mark.parametrize(
+    ("parts", "meant"),
+    [
+        (("group", "modell"), "'file:group/model'"),
+        (("gruop", "model"), "'file:group'"),
+        (("group", "model", "weights.gguf"), "'file:group/model/weight.gguf'"),
+        (("group", "else"), None),
+        (("zz\u202ez",), None),
+    ],
+)
+def test_what_has_a_similar_name_is_told(root: Path, parts: tuple[str, ...], meant: str | None) -> None:
+    (root / "group/model/weight.gguf").touch()
+    (root / "zz\u202ezz").mkdir()
+    with pytest.raises(UserError) as caught:
+        files_of(root, *parts)
+    assert caught.value.hint is not None
+    assert caught.value.hint.partition(" meant?")[0] == (f"Is {meant}" if meant else caught.value.hint)
+
+
 def test_pipes_and_folders_are_not_files_of_a_checkpoint(root: Path) -> None:
     os.mkfifo(root / "group/model/added_tokens.json")
     (root / "group/model/vocab.json").mkdir()
