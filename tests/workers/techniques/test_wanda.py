@@ -46,21 +46,22 @@ def zeros_of(attempt: Attempt) -> dict[str, Tensor]:
     }
 
 
-def num_different(found: Tensor, score: Tensor, group_size: int) -> int:
-    """How many weights are zero without being in the lower half of their group, or the other way round."""
+def part_different(found: Tensor, score: Tensor, group_size: int) -> float:
+    """What part of the weights is zero without being in the lower half of its group, or the other way round."""
     groups = score.reshape(score.shape[0], -1, group_size)
     # Of an even number the median is the lower of the two in the middle.
-    return int((found != (groups <= groups.median(dim=-1, keepdim=True).values).flatten(-2)).sum())
+    lower = (groups <= groups.median(dim=-1, keepdim=True).values).flatten(-2)
+    return float((found != lower).float().mean())
 
 
-# Sums in another order may have neighbours change places.
-FEW = 2
+# Norms of inputs whose products had factors of fewer bits have neighbours change places.
+FEW = 0.001
 
 
 def test_zeros_fall_where_the_originals_inputs_say(tiny_llama: Path, tmp_path: Path) -> None:
     attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [WANDA]})
     zeros = zeros_of(attempt)
-    different = {name: num_different(zeros.pop(name), score, score.shape[1])
+    different = {name: part_different(zeros.pop(name), score, score.shape[1])
                  for name, score in scores(attempt, tiny_llama, tiny_llama)}  # fmt: skip
     assert not zeros
     assert max(different.values()) <= FEW, different
@@ -70,7 +71,7 @@ def test_those_of_a_pattern_fall_where_the_pruned_layers_inputs_say(tiny_llama: 
     attempt = compressed(tmp_path / "work", tiny_llama, {"stages": [{"technique": "wanda", "mask_structure": "2:4"}]})
     zeros = zeros_of(attempt)
     # What a layer read when its zeros were chosen is what it reads in the artifact.
-    different = {name: num_different(zeros.pop(name), score, 4)
+    different = {name: part_different(zeros.pop(name), score, 4)
                  for name, score in scores(attempt, tiny_llama, attempt.artifact)}  # fmt: skip
     assert not zeros
     assert max(different.values()) <= FEW, different
