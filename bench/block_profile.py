@@ -1,13 +1,15 @@
 """Where a forward pass through SmolLM2-135M's blocks spends its time on this machine, by operation.
 
-    .venv/bin/python -m bench.block_profile [--blocks 4] [--samples 8] [--max-seq-length 512]
+    .venv/bin/python -m bench.block_profile [--blocks 4] [--samples 8] [--max-seq-length 512] [--exact]
 
-Times are of a second pass through the first blocks, in float32, as calibration takes it: so many samples at a time.
+Times are of a second pass through the first blocks, as calibration takes it: so many samples at a time, with products
+that need not be exact unless --exact says so.
 """
 
 from __future__ import annotations
 
 import argparse
+from contextlib import nullcontext
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -15,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from bench.materials import smollm2
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.device import keeping_freed_memory, return_freed_memory
+from workers.engine.device import inexact_products, keeping_freed_memory, return_freed_memory
 from workers.engine.skeleton import Skeleton
 
 
@@ -26,6 +28,7 @@ def main() -> None:
     arguments.add_argument("--blocks", type=int, default=4)
     arguments.add_argument("--samples", type=int, default=8)
     arguments.add_argument("--max-seq-length", type=int, default=512)
+    arguments.add_argument("--exact", action="store_true", help="everything in float32")
     options = arguments.parse_args()
     return_freed_memory()
     checkpoint = Checkpoint(smollm2())
@@ -36,7 +39,8 @@ def main() -> None:
         skeleton.load(name)
     body = skeleton.module(architecture.blocks.rpartition(".")[0])
     ids = torch.arange(options.samples * options.max_seq_length).view(options.samples, -1)
-    with skeleton.skipped(blocks[options.blocks :]), keeping_freed_memory():
+    products = nullcontext if options.exact else inexact_products
+    with skeleton.skipped(blocks[options.blocks :]), keeping_freed_memory(), products():
         body(input_ids=ids, **architecture.call_options)
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:
             body(input_ids=ids, **architecture.call_options)
