@@ -42,7 +42,7 @@ def peak_device_memory_bytes() -> int | None:
 
 @contextmanager
 def inexact_products() -> Iterator[None]:
-    """Let products of float32 matrices be computed in the way that is fastest here, summed in float32.
+    """Let products of float32 matrices be computed in the way that is fastest here; sums are float32's everywhere.
 
     Linear layers take factors of bfloat16 where the processor multiplies those. Other products round their factors
     to what GPUs (TF32) and CPUs with tiles (bfloat16) are made for; on other CPUs those are float32 still, by oneDNN in
@@ -58,8 +58,9 @@ def inexact_products() -> Iterator[None]:
 
 
 class _LinearInBfloat16(TorchFunctionMode):
-    """Has linear layers take factors of bfloat16; their inputs, biases and outputs stay float32.
+    """Has linear layers take factors of bfloat16 and add their biases in float32.
 
+    Products are summed in float32 and rounded to bfloat16 once, as torch has no other way to return them on a CPU.
     torch chooses these products by itself only on CPUs with tiles for them. By AVX-512 they are twice as fast as
     float32's.
     """

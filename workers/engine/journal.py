@@ -24,7 +24,7 @@ from workers.formats.parts import Parts
 
 PLANNING = "planning"  # the inner journal of what is decided before the first block
 # Of what a journal's hidden states, parts and entries stand for: raised where that changes within a version of Attar.
-REVISION = 2
+REVISION = 3
 _IDENTITY = "identity.json"
 _READ_BYTES = 1 << 24
 

@@ -119,19 +119,29 @@ def _nearest(parts: Sequence[str], model_roots: Sequence[Path]) -> str | None:
     for root in model_roots:
         for depth in reversed(range(len(parts))):
             with suppress(FileNotFoundError):
-                names = _names_in(root, parts[:depth])
-                nearest = get_close_matches(parts[depth][:_LONGEST_COMPARED], names, n=1)
+                names = _models_in(root, parts[:depth]) - {parts[depth]}
+                nearest = get_close_matches(parts[depth][:_LONGEST_COMPARED], sorted(names), n=1)
                 if nearest:
                     return "/".join([*parts[:depth], *nearest])
                 break
     return None
 
 
-def _names_in(root: Path, folders: Sequence[str]) -> list[str]:
+def _models_in(root: Path, folders: Sequence[str]) -> set[str]:
+    """Names of what may be a model, or hold one: folders and GGUF files, none of them hidden."""
     descriptor = _walk(root, folders)
     try:
         with os.scandir(descriptor) as entries:
-            return [entry.name for entry in islice(entries, _MAX_COMPARED) if entry.name.isprintable()]
+            return {
+                entry.name
+                for entry in islice(entries, _MAX_COMPARED)
+                if entry.name.isprintable()
+                and not entry.name.startswith(".")
+                and (
+                    entry.is_dir(follow_symlinks=False)
+                    or (entry.name.endswith(".gguf") and entry.is_file(follow_symlinks=False))
+                )
+            }
     finally:
         os.close(descriptor)
 

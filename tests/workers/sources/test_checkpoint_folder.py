@@ -69,12 +69,17 @@ def test_what_is_no_folder_is_not_found(root: Path) -> None:
         (("gruop", "model"), "'file:group'"),
         (("group", "model", "weights.gguf"), "'file:group/model/weight.gguf'"),
         (("group", "else"), None),
+        (("group", "model", "config.json"), None),
+        (("hiden",), None),
+        (("lin",), None),
         (("zz\u202ez",), None),
     ],
 )
 def test_what_has_a_similar_name_is_told(root: Path, parts: tuple[str, ...], meant: str | None) -> None:
     (root / "group/model/weight.gguf").touch()
     (root / "zz\u202ezz").mkdir()
+    (root / ".hidden").mkdir()
+    (root / "link").symlink_to(root / "group")
     with pytest.raises(UserError) as caught:
         files_of(root, *parts)
     assert caught.value.hint is not None
