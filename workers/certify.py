@@ -192,7 +192,9 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
             f"The result has {artifact_bytes:,} bytes and the original's parameters have {original_bytes:,}: "
             "nothing was gained.",
             param="recipe.stages",
-            hint="Choose fewer bits or larger groups; this model may already be quantized.",
+            hint="Leave out more, or add a stage that quantizes: what it starts from may already be quantized."
+            if recipe.structure_stages
+            else "Choose fewer bits or larger groups; this model may already be quantized.",
         )
     return {
         "original_bytes": original_bytes,
@@ -227,12 +229,22 @@ def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
 
 def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
+    if shapes := [report["metrics"] for report in stages[: len(recipe.structure_stages)]]:
+        _prove_depth(model, shapes[-1]["num_blocks"])
     for stage, report in zip(recipe.stages, stages, strict=True):
         if isinstance(stage, PruningOptions):
             report["metrics"] |= _prove_zeros(model, stage, report["layers"])
         elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
             report["metrics"] |= _prove_grid(model, stage, report["layers"])
     return stages
+
+
+def _prove_depth(model: Readable, num_blocks: int) -> None:
+    """The reopened artifact has as many blocks as the stages have left."""
+    with model.running() as running:
+        found = len(running.get_submodule(model.architecture.blocks))
+    if found != num_blocks:
+        raise CrashError("shape_not_reached", f"The artifact has {found} blocks where {num_blocks} were to be left.")
 
 
 def _prove_zeros(model: Readable, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from workers.engine.change import check_changed
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device, return_freed_memory
 from workers.engine.journal import Journal
+from workers.engine.reshaping import reshape
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.stored_size import StoredSize
@@ -44,7 +45,7 @@ from workers.memory import free_bytes, waiting_bytes
 from workers.recipe import Recipe
 from workers.sources.tokenizer_file import tokenizer_failures
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import MixedPrecision, RoundToNearest
+from workers.techniques import LayerOptions, MixedPrecision, RoundToNearest
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -73,10 +74,8 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     architecture = architecture_of(checkpoint.config)
     # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
     skeleton = Skeleton(checkpoint, architecture, compute_device())
-    limit = request.get("constraints", {}).get("max_size_bytes")
-    if limit is not None and not recipe.stores_bitmasks:  # how large a bitmask's values are is known at the end alone
-        StoredSize(skeleton, recipe).check(limit)
-    _warn_of_ignored(recipe, skeleton, emit)
+    if not recipe.structure_stages:
+        _check_stored_size(request, recipe, skeleton)
     recipe = _without_zero_points_in_float16(recipe, skeleton, emit)
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened"):
         tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=False)
@@ -87,22 +86,43 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     calibration = _calibration(work, recipe, tokenizer, skeleton, emit)
     probe = _probe(work, tokenizer, skeleton)
     journal = _journal(work, recipe, emit)
+    may_wait = waiting_bytes(free_bytes(memory_limit_bytes))
+
+    def shape_progress(stage: int, step: str, block: int, num_blocks: int, fraction: float) -> None:
+        fraction = recipe.structure_share * (stage + fraction) / len(recipe.structure_stages)
+        emit(
+            {"event": "progress", "fraction": 0.98 * fraction, "stage": stage, "step": step, "block": block,
+             "num_blocks": num_blocks}
+        )  # fmt: skip
+
+    def shape_done(stage: int, metrics: dict[str, Any]) -> None:
+        emit({"event": "stage", "index": stage, "status": "succeeded", "metrics": metrics})
+        if stage + 1 < len(recipe.structure_stages):
+            emit({"event": "stage", "index": stage + 1, "status": "running", "metrics": {}})
+
+    skeleton, shapes = reshape(skeleton, recipe, calibration, journal, may_wait, shape_progress, shape_done)
+    if recipe.structure_stages:
+        _check_stored_size(request, recipe, skeleton)
+    _warn_of_ignored(recipe, skeleton, emit)
 
     def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
+        fraction = recipe.structure_share + (1 - recipe.structure_share) * fraction
         emit(
             {"event": "progress", "fraction": 0.98 * fraction, "stage": len(recipe.stages) - 1, "step": step,
              "block": block, "num_blocks": num_blocks}
         )  # fmt: skip
 
-    for index in range(1, len(recipe.stages)):
+    for index in range(max(1, len(shapes)), len(recipe.stages)):
         emit({"event": "stage", "index": index, "status": "running", "metrics": {}})
-    may_wait = waiting_bytes(free_bytes(memory_limit_bytes))
     streamed = Stream(skeleton, recipe, journal, progress, may_wait).run(calibration, probe)
     emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
     check_unchanged(work / "source")
     _export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
-    stages = [_stage_report(recipe, index, streamed, skeleton) for index in range(len(recipe.stages))]
+    stages = [
+        _stage_report(recipe, index, streamed, skeleton, shapes[index] if index < len(shapes) else None)
+        for index in range(len(recipe.stages))
+    ]
     write_json(
         work / "compressed.json",
         {
@@ -116,14 +136,23 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
             ),
         },
     )
-    for index, stage in enumerate(stages):
+    for index, stage in enumerate(stages[len(shapes) :], len(shapes)):
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
+
+
+def _check_stored_size(request: dict[str, Any], recipe: Recipe, skeleton: Skeleton) -> None:
+    """Raise UserError ``constraint_impossible`` where the artifact is larger than the job allows, whatever comes."""
+    limit = request.get("constraints", {}).get("max_size_bytes")
+    if limit is not None and not recipe.stores_bitmasks:  # how large a bitmask's values are is known at the end alone
+        StoredSize(skeleton, recipe).check(limit)
 
 
 def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
     """Say which patterns name no layer: a typing error there would have a layer compressed that was to be spared."""
     names = {*skeleton.linear_layers, skeleton.architecture.embedding}
     for index, stage in enumerate(recipe.stages):
+        if not isinstance(stage, LayerOptions):
+            continue
         unmatched = [pattern for pattern in stage.ignore if not fnmatch.filter(names, pattern)]
         if unmatched:
             message = (
@@ -277,8 +306,15 @@ def _quantization_config(skeleton: Skeleton, recipe: Recipe, streamed: Streamed)
     )
 
 
-def _stage_report(recipe: Recipe, index: int, streamed: Streamed, skeleton: Skeleton) -> dict[str, Any]:
-    """What the report says of a stage: totals for people, each layer for who looks closer."""
+def _stage_report(
+    recipe: Recipe, index: int, streamed: Streamed, skeleton: Skeleton, shape: dict[str, Any] | None
+) -> dict[str, Any]:
+    """What the report says of a stage: totals for people, each layer for who looks closer.
+
+    ``shape`` are the metrics of a stage that changed the model's shape.
+    """
+    if shape is not None:
+        return {"technique": recipe.stages[index].technique, "metrics": shape, "fallbacks": [], "layers": {}}
     layers, fallbacks = streamed.metrics(index), streamed.fallbacks(index)
     errors = [layer["relative_error"] for layer in layers.values() if "relative_error" in layer]
     metrics: dict[str, Any] = {"num_layers": len(layers), "num_fallbacks": len(fallbacks)}
@@ -289,7 +325,7 @@ def _stage_report(recipe: Recipe, index: int, streamed: Streamed, skeleton: Skel
         bits = sum(layers[name]["num_bits"] * count for name, count in num_weights.items())
         metrics["average_bits"] = bits / sum(num_weights.values())
     return {
-        "technique": stage.model_dump()["technique"],
+        "technique": stage.technique,
         "metrics": metrics,
         "fallbacks": fallbacks,
         "layers": layers,

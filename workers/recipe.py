@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from workers.recipe_rules import Packing, check_stages, packings_of
-from workers.techniques import TECHNIQUES, PruningOptions, QuantizationOptions, Stage
+from workers.techniques import TECHNIQUES, LayerOptions, PruningOptions, QuantizationOptions, Stage, StructureOptions
 from workers.techniques.options import Statistic
 from workers.techniques.schemes import ActivationGrid, SchemeFacts
 
@@ -177,14 +177,24 @@ class Recipe(_Part):
         return self
 
     @property
+    def structure_stages(self) -> list[StructureOptions]:
+        """The first stages, after which the model has another shape."""
+        return [stage for stage in self.stages if isinstance(stage, StructureOptions)]
+
+    @property
+    def layer_stages(self) -> list[LayerOptions]:
+        """The stages after them, which compress linear layers, all in one pass."""
+        return [stage for stage in self.stages if isinstance(stage, LayerOptions)]
+
+    @property
     def statistics(self) -> frozenset[Statistic]:
         """What the stages want to know of every layer's input."""
-        return frozenset().union(*(stage.needs for stage in self.stages))
+        return frozenset[Statistic]().union(*(stage.needs for stage in self.layer_stages))
 
     @property
     def needs_calibration(self) -> bool:
         """Whether text is run through the model: for the stages, or for a plan of how to treat each layer."""
-        return bool(self.statistics or self.plan_share)
+        return bool(self.statistics or self.plan_share or any(stage.needs for stage in self.structure_stages))
 
     @property
     def calibrates_on_original(self) -> bool:
@@ -199,7 +209,12 @@ class Recipe(_Part):
     @property
     def plan_share(self) -> float:
         """What part of the time goes into a plan of how to treat each layer; 0 where there is none."""
-        return max(stage.plan_share for stage in self.stages)
+        return max((stage.plan_share for stage in self.layer_stages), default=0.0)
+
+    @property
+    def structure_share(self) -> float:
+        """What part of the time goes into deciding the model's shape, roughly."""
+        return min(0.9, sum(stage.plan_share for stage in self.structure_stages))
 
     @property
     def stores_codes(self) -> bool:

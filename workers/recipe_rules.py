@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions, Stage
+from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions, Stage, StructureOptions
 from workers.techniques.schemes import PACKED_BITS, SchemeFacts
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class RecipeError(ValueError):
 
 def check_stages(stages: Sequence[Stage], output: Output) -> None:
     """Raise RecipeError where the stages do not fit each other or the output."""
+    _check_order(stages)
     quantizing = [index for index, stage in enumerate(stages) if isinstance(stage, QuantizationOptions)]
     if len(quantizing) > 1:
         raise RecipeError(
@@ -58,6 +59,12 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
             "output.format",
             f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
         )
+    if output.format == "sparse-bitmask" and not any(isinstance(stage, PruningOptions) for stage in stages):
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            "sparse-bitmask stores values that pruning left, and no stage sets weights to zero; use safetensors",
+        )
     if output.format == "sparse-bitmask" and quantization is not None:
         raise RecipeError(
             "output_format_impossible",
@@ -69,6 +76,17 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
         raise RecipeError("output_format_impossible", "output.packing", "packing belongs to compressed-tensors")
     if quantization is not None:
         _check_output_of(quantization, output)
+
+
+def _check_order(stages: Sequence[Stage]) -> None:
+    """Raise RecipeError ``stages_conflict`` where the model's shape changes after single layers were compressed."""
+    for index, (earlier, later) in enumerate(pairwise(stages), start=1):
+        if isinstance(later, StructureOptions) and not isinstance(earlier, StructureOptions):
+            raise RecipeError(
+                "stages_conflict",
+                f"stages[{index}].technique",
+                f"{later.technique} changes the model's shape; move it before stages[{index - 1}]",
+            )
 
 
 def _check_sparsities(stages: Sequence[Stage]) -> None:

@@ -7,7 +7,7 @@ from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.sources.facts import ModelFacts
-from workers.techniques import MixedPrecision
+from workers.techniques import DepthPruning, MixedPrecision
 
 
 def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
@@ -52,12 +52,22 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
 
     Values that are stored in full keep the source's type, of two bytes or more.
     """
-    stage = recipe.quantization
+    stage, architecture = recipe.quantization, architecture_of(facts.config)
+    num_embeddings: int = facts.config["vocab_size"] * facts.config[architecture.size("embedding_size")]
+    part_left = _part_of_blocks_left(recipe, facts)
+    num_parameters = num_embeddings + int((facts.num_parameters - num_embeddings) * part_left)
     if stage is None or not recipe.stores_codes:
-        is_dense = recipe.cast is None and "quantization_config" not in facts.config
-        return max(2 * facts.num_parameters, facts.parameter_bytes if is_dense else 0)
+        is_dense = recipe.cast is None and "quantization_config" not in facts.config and part_left == 1
+        return max(2 * num_parameters, facts.parameter_bytes if is_dense else 0)
     num_bits = stage.widths[0] if isinstance(stage, MixedPrecision) else stage.facts.num_bits
-    architecture = architecture_of(facts.config)
-    num_embeddings = facts.config["vocab_size"] * facts.config[architecture.size("embedding_size")]
     kept = 0 if stage.embeddings else num_embeddings
-    return 2 * kept + (facts.num_parameters - kept) * num_bits // 8
+    return 2 * kept + (num_parameters - kept) * num_bits // 8
+
+
+def _part_of_blocks_left(recipe: Recipe, facts: ModelFacts) -> float:
+    """Of the model's blocks, where stages leave some out."""
+    num_blocks = before = facts.config[architecture_of(facts.config).size("num_hidden_layers")]
+    for stage in recipe.stages:
+        if isinstance(stage, DepthPruning):
+            num_blocks -= stage.num_removed(num_blocks)
+    return float(num_blocks / before)

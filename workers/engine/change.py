@@ -10,11 +10,14 @@ from workers.engine.results import Streamed
 from workers.errors import UserError
 from workers.formats.parts import Parts
 from workers.recipe import Recipe
+from workers.techniques import LayerOptions
 
 
 def check_changed(recipe: Recipe, streamed: Streamed, checkpoint: Checkpoint, parts: Parts) -> None:
     """Raise UserError ``nothing_changed`` where a stage left every weight as it was."""
-    for index in range(len(recipe.stages)):
+    for index, stage in enumerate(recipe.stages):
+        if not isinstance(stage, LayerOptions):  # it said before what it would change
+            continue
         layers = streamed.metrics(index)
         if not layers:
             raise UserError(
@@ -23,7 +26,7 @@ def check_changed(recipe: Recipe, streamed: Streamed, checkpoint: Checkpoint, pa
                 param=f"recipe.stages[{index}].ignore",
                 hint="Shorten `ignore`, or leave the stage out.",
             )
-        if recipe.stages[index].kind == "pruning" and not any(layer["num_pruned"] for layer in layers.values()):
+        if stage.kind == "pruning" and not any(layer["num_pruned"] for layer in layers.values()):
             raise UserError(
                 "nothing_changed",
                 "No weight became zero that was not zero before.",

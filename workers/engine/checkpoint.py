@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,26 @@ class Checkpoint:
         self._coded = coded_weights_of(
             self.config.get("quantization_config"), is_transposed=row is not None and row.is_transposed
         )
+        self._name_on_disk: dict[str, str] = {}  # of tensors that this checkpoint has under another name than its files
+
+    def with_blocks(self, kept: Sequence[int], config: Mapping[str, Any]) -> Checkpoint:
+        """The same files read as a checkpoint of the ``kept`` blocks alone, in this order, with ``config``."""
+        row = row_of(self.config)
+        assert row is not None
+        new_index = {str(old): str(new) for new, old in enumerate(kept)}
+        block = re.compile(rf"({re.escape(row.blocks)}\.)([0-9]+)(\..*)", re.DOTALL)
+        other = copy.copy(self)
+        other.config = dict(config)
+        other._file_of, other._stored_name, other._name_on_disk = {}, {}, {}
+        for name, path in self._file_of.items():
+            match = block.fullmatch(name)
+            if match is not None and match[2] not in new_index:
+                continue
+            renamed = name if match is None else f"{match[1]}{new_index[match[2]]}{match[3]}"
+            other._file_of[renamed], other._stored_name[renamed] = path, self._stored_name[name]
+            module, on_disk = (each.rpartition(".")[0] for each in (renamed, name))
+            other._name_on_disk[module] = self._name_on_disk.get(on_disk, on_disk)
+        return other
 
     @property
     def max_positions(self) -> int:
@@ -73,7 +95,7 @@ class Checkpoint:
         """
         module = name.removesuffix(".weight")
         if self._coded is not None and name.endswith(".weight") and self._is_quantized(module):
-            tensor = self._coded.decode(module, self._stored_with_prefix(module))
+            tensor = self._coded.decode(self._on_disk(module), self._stored_with_prefix(module))
         else:
             tensor = self.stored(name)
         tensor = tensor.to(self._cast or torch.float32).to(torch.float32)
@@ -116,15 +138,21 @@ class Checkpoint:
 
         None where its input is read as it is.
         """
-        return self._coded.input_quantizer(module) if self._coded is not None and self._is_quantized(module) else None
+        if self._coded is None or not self._is_quantized(module):
+            return None
+        return self._coded.input_quantizer(self._on_disk(module))
 
     def contradicts_config(self, module: str) -> bool:
         """Whether a linear layer is stored as codes and config.json says that it is not, or the reverse."""
-        spared = None if self._coded is None else self._coded.spares(module)
+        spared = None if self._coded is None else self._coded.spares(self._on_disk(module))
         return spared is not None and spared == self._is_quantized(module)
 
     def _is_quantized(self, module: str) -> bool:
         return self._coded is not None and f"{module}.{self._coded.mark}" in self._file_of
+
+    def _on_disk(self, module: str) -> str:
+        """What config.json, as it lies beside the files, calls a module."""
+        return self._name_on_disk.get(module, module)
 
     def _stored_with_prefix(self, module: str) -> dict[str, Tensor]:
         prefix = module + "."

@@ -10,7 +10,7 @@ greenlet: a stack of its own, resumed where it stopped.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -44,13 +44,16 @@ class ForwardPass:
         *,
         heeds_transforms: bool = True,
         is_exact: bool = True,
+        skips: Collection[str] = (),
         budget: MemoryBudget | None = None,
     ) -> None:
+        """``skips`` are blocks that the pass goes through without change, if they are :class:`Skippable`."""
         self._products = nullcontext if is_exact else inexact_products
         self.input_shape = input_ids.shape  # batch × tokens
         self._holdings = None if budget is None else Holdings(budget, model)
         self._greenlet = greenlet.greenlet(lambda: model(input_ids=input_ids, **(options or {})).logits)
         self._greenlet.heeds_transforms = heeds_transforms
+        self._greenlet.skips = skips
 
     def advance_to(self, name: str) -> Tensor:
         """Go on to the stop called ``name``, past any other, and return the input there."""
@@ -118,6 +121,25 @@ class Gate:
         if self.transform is None or not getattr(current, "heeds_transforms", True):
             return arguments
         return (self.transform(arguments[0]), *arguments[1:])
+
+
+class Skippable:
+    """Lets each pass go through a block, or leave it out if that is what the pass skips."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self._name = name
+        self._module = module
+        self._own = module.forward
+        module.forward = self._forward
+
+    def remove(self) -> None:
+        """Let all passes through the block again."""
+        del self._module.forward  # the class's own is there again
+
+    def _forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
+        if self._name in getattr(greenlet.getcurrent(), "skips", ()):
+            return hidden_states
+        return self._own(hidden_states, *arguments, **named)
 
 
 class SharedTransform:

@@ -26,7 +26,7 @@ Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fr
 def make_plan(
     skeleton: Skeleton, recipe: Recipe, calibration: Sequence[Tensor], journal: Journal, progress: Progress
 ) -> list[dict[str, float]]:
-    """By stage, what :meth:`StageOptions.at` takes for a layer; of stages that treat all alike, nothing.
+    """By stage, what :meth:`LayerOptions.at` takes for a layer; of stages that treat all alike, nothing.
 
     ``calibration`` holds samples × tokens for each length of samples; in ``journal`` it is kept how far we are.
 

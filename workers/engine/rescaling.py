@@ -11,7 +11,7 @@ from torch import Tensor
 from workers.architectures import Producer
 from workers.engine.layer import Layer
 from workers.engine.skeleton import Skeleton
-from workers.techniques import StageOptions
+from workers.techniques import LayerOptions
 
 # The stored tensor of a name in the block: changed already, or as the checkpoint has it; None where there is none.
 Stored = Callable[[str], Tensor | None]
@@ -25,7 +25,7 @@ class Rescaling:
         self._changed: dict[str, Tensor] = {}
 
     def apply(
-        self, stage: StageOptions, block: str, group: Sequence[str], layers: Sequence[Layer], done: Sequence[Layer]
+        self, stage: LayerOptions, block: str, group: Sequence[str], layers: Sequence[Layer], done: Sequence[Layer]
     ) -> None:
         """Move a scale that ``stage`` asks for from the input of ``layers``, the ``group``, to whatever makes it.
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
-        self.model = _empty_model(checkpoint.folder, architecture)
+        self.model = _empty_model(checkpoint, architecture)
         self._move_buffers()
         self._check_names()
         self._check_shapes()
@@ -77,6 +77,13 @@ class Skeleton:
         """Of a linear layer, loaded or not."""
         return math.prod(self.linear_shape(name))
 
+    @property
+    def num_parameters(self) -> int:
+        """Of the whole model, tied ones once."""
+        tied = self.architecture.tied_parameters(self.checkpoint.config)
+        named = self.model.named_parameters(remove_duplicate=False)
+        return sum(parameter.numel() for name, parameter in named if name not in tied)
+
     def num_values(self, name: str) -> int:
         """Of a parameter or buffer, loaded or not."""
         module, _, last = name.rpartition(".")
@@ -99,9 +106,10 @@ class Skeleton:
         *,
         heeds_transforms: bool = True,
         is_exact: bool = True,
+        skips: Collection[str] = (),
         budget: MemoryBudget | None = None,
     ) -> ForwardPass:
-        """A batch (sequences × tokens) before its way through the model.
+        """A batch (sequences × tokens) before its way through the model, but for the blocks that it ``skips``.
 
         One that is not ``is_exact`` computes its products in the way that is fastest: enough for statistics.
         """
@@ -111,6 +119,7 @@ class Skeleton:
             self.architecture.call_options,
             heeds_transforms=heeds_transforms,
             is_exact=is_exact,
+            skips=skips,
             budget=budget,
         )
 
@@ -242,11 +251,12 @@ def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor
     return hidden_states
 
 
-def _empty_model(folder: Path, architecture: Architecture) -> Any:
+def _empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
     """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
     auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        own = type(AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False))
+        config: Any = own.from_dict(copy.deepcopy(checkpoint.config))  # it fills in what is nested
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         # The same in one piece: a pass stops once at each layer.

@@ -23,14 +23,12 @@ from workers.engine.rescaling import Rescaling
 from workers.engine.results import PartResult, Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
+from workers.engine.text import batches
 from workers.errors import UserError
 from workers.formats import codes, compressed_tensors, sparse_bitmask
 from workers.recipe import Recipe
 from workers.solvers.quantization import Grid
-from workers.techniques import StageOptions
-
-# Tokens that one pass takes through a block at a time: enough for large products, few enough to stay in memory.
-TOKENS_PER_PASS = 4096
+from workers.techniques import LayerOptions
 
 Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
@@ -89,14 +87,14 @@ class Stream:
         ]
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = skeleton.forward_pass(probe)
-        batches = [ids for samples in calibration for ids in _batches(samples)] if self.recipe.statistics else []
+        inputs = [ids for samples in calibration for ids in batches(samples)] if self.recipe.statistics else []
         budget = MemoryBudget(self.journal.folder / "waiting", self._waiting_bytes)
         passes = []
         if not self.recipe.calibrates_on_original:
-            passes = [skeleton.forward_pass(ids, is_exact=False, budget=budget) for ids in batches]
+            passes = [skeleton.forward_pass(ids, is_exact=False, budget=budget) for ids in inputs]
         if self.recipe.calibrates_on_original or "drift" in self.recipe.statistics:
             originals = [
-                skeleton.forward_pass(ids, heeds_transforms=False, is_exact=False, budget=budget) for ids in batches
+                skeleton.forward_pass(ids, heeds_transforms=False, is_exact=False, budget=budget) for ids in inputs
             ]
             self._originals = Originals(skeleton, originals)
         compressed = [*passes, probe_pass]
@@ -281,6 +279,8 @@ class Stream:
     def _apply_stages(self, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]) -> None:
         """Run every stage on the layers of one input; ``done`` are those of the block before them."""
         for index, stage in enumerate(self.recipe.stages):
+            if not isinstance(stage, LayerOptions):
+                continue
             taken = [layer for layer in layers if not stage.ignores(layer.name)]
             if taken and stage.rescales_inputs:
                 self._rescaling.apply(stage, block, group, layers, done)
@@ -294,9 +294,10 @@ class Stream:
                 self.result.blocks[-1].fallbacks[index] += layer.fallbacks
                 layer.fallbacks.clear()
 
-    def _stage_for(self, layer: str, index: int) -> StageOptions:
+    def _stage_for(self, layer: str, index: int) -> LayerOptions:
         """A stage as it is for this layer."""
         stage, choice = self.recipe.stages[index], self._plan[index].get(layer)
+        assert isinstance(stage, LayerOptions)
         return stage if choice is None else stage.at(choice)
 
     def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
@@ -336,8 +337,3 @@ class Stream:
         begin = time.perf_counter()
         yield
         self.result.seconds[what] += time.perf_counter() - begin
-
-
-def _batches(samples: Tensor) -> Sequence[Tensor]:
-    """Samples × tokens, as many at a time as one pass takes."""
-    return torch.split(samples, max(1, TOKENS_PER_PASS // samples.shape[1]))

@@ -15,6 +15,8 @@ from workers.sources.tokenizer_file import tokenizer_failures
 
 DOCUMENT_SEPARATOR = "\n\n"
 FEWEST_TOKENS = 8
+# Tokens that one pass takes through a block at a time: enough for large products, few enough to stay in memory.
+TOKENS_PER_PASS = 4096
 
 
 def read_documents(path: Path) -> Iterator[str]:
@@ -99,6 +101,11 @@ def part_of(samples: Sequence[Tensor], num_tokens: int) -> list[Tensor]:
     """The first of the samples × tokens of each length, in equal parts: about ``num_tokens`` tokens together."""
     share = num_tokens / sum(each.numel() for each in samples)
     return [each[: max(1, min(len(each), round(share * len(each))))] for each in samples]
+
+
+def batches(samples: Tensor) -> Sequence[Tensor]:
+    """Samples × tokens, as many at a time as one pass takes."""
+    return torch.split(samples, max(1, TOKENS_PER_PASS // samples.shape[1]))
 
 
 def calibration_samples(ids: Tensor, num_samples: int, max_seq_length: int, seed: int) -> Tensor:

@@ -7,20 +7,31 @@ from typing import Annotated, get_args
 from pydantic import Field
 
 from workers.techniques.awq import AWQ
+from workers.techniques.depth_pruning import DepthPruning
 from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.gptq import GPTQ
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
-from workers.techniques.options import StageOptions
+from workers.techniques.options import LayerOptions, StageOptions
 from workers.techniques.pruning_options import PruningOptions
 from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
+from workers.techniques.structure_options import StructureOptions
 from workers.techniques.wanda import Wanda
 
 Stage = Annotated[
-    RoundToNearest | GPTQ | MixedPrecision | AWQ | SmoothQuant | DynamicInt8 | Magnitude | Wanda | SparseGPT,
+    RoundToNearest
+    | GPTQ
+    | MixedPrecision
+    | AWQ
+    | SmoothQuant
+    | DynamicInt8
+    | Magnitude
+    | Wanda
+    | SparseGPT
+    | DepthPruning,
     Field(discriminator="technique"),
 ]
 
@@ -32,7 +43,9 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "TECHNIQUES",
+    "DepthPruning",
     "DynamicInt8",
+    "LayerOptions",
     "Magnitude",
     "MixedPrecision",
     "PruningOptions",
@@ -42,5 +55,6 @@ __all__ = [
     "SparseGPT",
     "Stage",
     "StageOptions",
+    "StructureOptions",
     "Wanda",
 ]

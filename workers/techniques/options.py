@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workers.engine.layer import Layer
 
 Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
-Statistic = Literal["hessian", "input_norms", "input_absmax", "drift"]
+Statistic = Literal["hessian", "input_norms", "input_absmax", "drift", "block_influence", "losses"]
 
 
 class OptionError(ValueError):
@@ -34,6 +34,24 @@ class StageOptions(BaseModel):
     kind: ClassVar[Kind]
     summary: ClassVar[str]
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
+
+    @property
+    def needs(self) -> frozenset[Statistic]:
+        """What the stage needs from calibration with these options."""
+        return self.statistics
+
+    @property
+    def plan_share(self) -> float:
+        """What part of the job's time goes into measuring, before the first layer is compressed, how to treat each.
+
+        Roughly, for the progress; 0 where all are treated alike.
+        """
+        return 0.0
+
+
+class LayerOptions(StageOptions):
+    """Options of a stage that compresses linear layers one by one, as the engine's stream comes past them."""
+
     rescales_inputs: ClassVar[bool] = False
 
     ignore: Annotated[
@@ -50,20 +68,7 @@ class StageOptions(BaseModel):
         """Whether the stage leaves the layer of this name as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
 
-    @property
-    def needs(self) -> frozenset[Statistic]:
-        """What the stage needs from calibration with these options."""
-        return self.statistics
-
-    @property
-    def plan_share(self) -> float:
-        """What part of the job's time goes into measuring, before the first layer is compressed, how to treat each.
-
-        Roughly, for the progress; 0 where all are treated alike.
-        """
-        return 0.0
-
-    def at(self, choice: float) -> StageOptions:
+    def at(self, choice: float) -> LayerOptions:
         """The stage as it is for a layer that such a plan gives ``choice``."""
         raise NotImplementedError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from workers.techniques.options import Kind, OptionError, StageOptions
+from workers.techniques.options import Kind, LayerOptions, OptionError
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
@@ -16,7 +16,7 @@ Allocation = Literal["uniform", "error"]
 _N_OF_M = re.compile(r"([1-9][0-9]{0,2}):([1-9][0-9]{0,2})")
 
 
-class PruningOptions(StageOptions):
+class PruningOptions(LayerOptions):
     """Options of a technique that sets single weights of linear layers to zero."""
 
     kind: ClassVar[Kind] = "pruning"

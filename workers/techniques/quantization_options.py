@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from workers.techniques.options import Kind, OptionError, StageOptions
+from workers.techniques.options import Kind, LayerOptions, OptionError
 from workers.techniques.schemes import NORMAL_FLOAT_GROUP_SIZES, SCHEMES, ActivationGrid, Scheme, SchemeFacts
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
 
 
-class QuantizationOptions(StageOptions):
+class QuantizationOptions(LayerOptions):
     """Options of a technique that stores linear layers as integers with scales."""
 
     kind: ClassVar[Kind] = "quantization"

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 from pydantic import Field
 
-from workers.techniques.options import StageOptions, Statistic
+from workers.techniques.options import LayerOptions, Statistic
 from workers.techniques.quantization_options import QuantizationOptions
 
 if TYPE_CHECKING:
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from workers.solvers.hessian import InverseFactor, Outcome
 
 
-class SecondOrder(StageOptions):
+class SecondOrder(LayerOptions):
     """Options of a technique that makes up for each column's error in the columns not yet done."""
 
     statistics: ClassVar[frozenset[Statistic]] = frozenset({"hessian"})

@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("nothing_happens")
 NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 PRUNING = {"technique": "magnitude"}
 MIXED = {"technique": "mixed_precision", "group_size": 32}
+DEPTH = {"technique": "depth_pruning"}
 
 
 @pytest.mark.parametrize(
@@ -24,6 +25,30 @@ MIXED = {"technique": "mixed_precision", "group_size": 32}
         ([{"group_size": 64}], "missing_field", "recipe.stages[0].technique"),
         ([{"technique": ["gptq"]}], "unknown_technique", "recipe.stages[0].technique"),
         ([{**GPTQ, "ignore": ["x" * 201]}], "invalid_value", "recipe.stages[0].ignore[0]"),
+        ([DEPTH], "invalid_value", "recipe.stages[0].num_blocks"),
+        ([{**DEPTH, "num_blocks": 1, "fraction": 0.5}], "invalid_value", "recipe.stages[0].num_blocks"),
+        ([{**DEPTH, "num_blocks": 2}], "invalid_value", "recipe.stages[0].num_blocks"),
+        ([{**DEPTH, "num_blocks": 1}], "invalid_value", "recipe.stages[0].num_blocks"),
+        ([{**DEPTH, "fraction": 0.1}], "invalid_value", "recipe.stages[0].fraction"),
+        ([{**DEPTH, "fraction": 50}], "invalid_value", "recipe.stages[0].fraction"),
+        ([{**DEPTH, "method": "list"}], "invalid_value", "recipe.stages[0].blocks"),
+        ([{**DEPTH, "method": "list", "blocks": []}], "invalid_value", "recipe.stages[0].blocks"),
+        ([{**DEPTH, "method": "list", "blocks": [0, 1]}], "invalid_value", "recipe.stages[0].blocks"),
+        ([{**DEPTH, "method": "list", "blocks": [2]}], "invalid_value", "recipe.stages[0].blocks"),
+        ([{**DEPTH, "method": "list", "blocks": [1, 1]}], "invalid_value", "recipe.stages[0].blocks"),
+        ([{**DEPTH, "method": "list", "blocks": [-1]}], "invalid_value", "recipe.stages[0].blocks[0]"),
+        (
+            [{**DEPTH, "method": "list", "blocks": [1], "num_blocks": 1}],
+            "invalid_value",
+            "recipe.stages[0].num_blocks",
+        ),
+        ([{**DEPTH, "num_blocks": 1, "blocks": [1]}], "invalid_value", "recipe.stages[0].blocks"),
+        (
+            [{**DEPTH, "num_blocks": 1, "keep_first": 0}, {**DEPTH, "num_blocks": 1, "keep_first": 0, "keep_last": 0}],
+            "invalid_value",
+            "recipe.stages[1].num_blocks",
+        ),
+        ([PRUNING, {**DEPTH, "num_blocks": 1}], "stages_conflict", "recipe.stages[1].technique"),
         (["gptq"], "invalid_type", "recipe.stages[0]"),
         ([], "invalid_value", "recipe.stages"),
         ([PRUNING] * 33, "invalid_value", "recipe.stages"),

@@ -14,7 +14,7 @@ from tests.workers.attempts import compressed
 from tests.workers.test_architectures import LIKE_OTHERS, VARIANTS
 from workers import memory
 from workers.architectures import ARCHITECTURES
-from workers.engine import stream
+from workers.engine import text
 from workers.engine.holdings import Holdings, MemoryBudget
 
 WIDTH = 512
@@ -97,7 +97,7 @@ def test_the_budget_does_not_change_the_result(variant: str, tmp_path: Path, mon
     recipe: dict[str, object] = {"stages": [stage]}
     if ARCHITECTURES[model_type, task].is_transposed:
         recipe["output"] = {"format": "safetensors"}
-    monkeypatch.setattr(stream, "TOKENS_PER_PASS", 512)
+    monkeypatch.setattr(text, "TOKENS_PER_PASS", 512)
     in_memory = compressed(tmp_path / "in_memory", tmp_path / "model", recipe)
     monkeypatch.setattr(memory, "MOST_WAITING_BYTES", 0)
     written: list[int] = []

@@ -1,0 +1,292 @@
+"""Which blocks a model does best without, and the checkpoint that lacks them.
+
+Both ways of finding out pass over the original a block at a time: what is held of the text is its hidden states.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.device import keeping_freed_memory, release_memory
+from workers.engine.forward import ForwardPass, Gate, Skippable
+from workers.engine.holdings import MemoryBudget
+from workers.engine.journal import Journal
+from workers.engine.skeleton import Skeleton
+from workers.engine.text import batches, part_of
+from workers.errors import UserError
+from workers.techniques import DepthPruning
+from workers.techniques.options import OptionError
+
+# A mean over tokens is known well from so many.
+NUM_INFLUENCE_TOKENS = 16_384
+# Tokens whose losses are compared without each block. They pass through each block once for every candidate.
+NUM_COMPARED_TOKENS = 2_048
+# What waits of a token between two blocks: its hidden state, once more as the residual, and what is made of positions.
+_STATES_A_TOKEN = 3
+# Tokens of one pass to the logits, of which there are as many rows in memory.
+TOKENS_OF_LOGITS = 512
+
+Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Blocks to leave out, in the order in which they were chosen, and what was measured of every block."""
+
+    removed: list[int]
+    scores: list[float | None]  # of each block; None where none was measured
+
+    def kept(self) -> list[int]:
+        """The blocks that stay, in order."""
+        return [index for index in range(len(self.scores)) if index not in self.removed]
+
+
+def choose_blocks(
+    skeleton: Skeleton,
+    stage: DepthPruning,
+    index: int,
+    calibration: Sequence[Tensor],
+    journal: Journal,
+    waiting_bytes: int,
+    progress: Progress,
+) -> Cut:
+    """What the stage, ``index`` in its recipe, leaves out of the model.
+
+    ``calibration`` holds samples × tokens for each length of samples, and nothing where blocks are listed; in
+    ``journal`` it is kept how far we are. ``waiting_bytes`` of hidden states may be in memory.
+
+    Raises:
+        UserError: ``invalid_value`` where the model has not enough blocks.
+    """
+    num_blocks = skeleton.num_blocks
+    try:
+        stage.check(num_blocks)
+    except OptionError as error:
+        raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
+    scores: list[float | None] = [None] * num_blocks
+    if stage.blocks is not None:
+        return Cut(sorted(stage.blocks), scores)
+    candidates, num_removed = stage.candidates(num_blocks), stage.num_removed(num_blocks)
+    if stage.method == "block_influence":
+        influences = block_influences(skeleton, calibration, journal, waiting_bytes, progress)
+        order = sorted(candidates, key=lambda block: (_or_worst(influences[block]), block))
+        return Cut(order[:num_removed], list(map(_or_none, influences)))
+    removed: list[int] = []
+    for number in range(num_removed):
+        name, left = f"without-{number:04d}", [block for block in candidates if block not in removed]
+
+        def said(step: str, block: int, blocks: int, fraction: float, number: int = number) -> None:
+            progress(step, block, blocks, (number + fraction) / num_removed)
+
+        def measured(name: str = name, left: list[int] = left, said: Progress = said) -> list[float | None]:
+            steps = journal.inner(name)
+            return losses_without(skeleton, calibration, removed, left, steps, waiting_bytes, said)
+
+        found: list[float | None] = journal.once(name, measured)
+        shutil.rmtree(journal.folder / name, ignore_errors=True)
+        if all(loss is None for loss in found):
+            raise UserError(
+                "non_finite_activations",
+                "The model's losses are not finite on the calibration text, whichever block is left out.",
+                param="model.id",
+                hint="The checkpoint gives NaN or infinity; check it, and its dtype, on the same text.",
+            )
+        for block, loss in zip(left, found, strict=True):
+            scores[block] = loss
+        removed.append(min((_or_worst(loss), block) for block, loss in zip(left, found, strict=True))[1])
+    return Cut(removed, scores)
+
+
+@torch.inference_mode()
+def block_influences(
+    skeleton: Skeleton, calibration: Sequence[Tensor], journal: Journal, waiting_bytes: int, progress: Progress
+) -> list[float]:
+    """Of each block 1 − cos(its input, its output), mean over tokens: arXiv:2403.03853, equation 1."""
+    blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
+    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, skeleton.end)]
+    budget = MemoryBudget(journal.folder / "waiting", waiting_bytes)
+    passes = [
+        skeleton.forward_pass(ids, is_exact=False, budget=budget)
+        for samples in part_of(calibration, NUM_INFLUENCE_TOKENS)
+        for ids in batches(samples)
+    ]
+    shapes = [torch.Size([*each.input_shape, skeleton.hidden_size]) for each in passes]
+    journal.begin_again_unless_whole(shapes)
+    influences = [float(entry["influence"]) for entry in journal.entries]
+    first = len(influences)
+    with _loaded(skeleton, skeleton.present(skeleton.architecture.before_blocks)), skeleton.skipped(blocks[:first]):
+        for number, each in enumerate(passes):
+            hidden = each.advance_to(blocks[first])
+            if first:
+                journal.activations.restore(first, number, hidden)
+            each.rest()
+    for index in range(first, len(blocks)):
+        following = blocks[index + 1] if index + 1 < len(blocks) else skeleton.end
+        progress(f"plan.{blocks[index]}", index, len(blocks), index / len(blocks))
+        # Of the block itself: what comes after the last one may have only a part of its output.
+        likeness = _Likeness()
+        handle = skeleton.module(blocks[index]).register_forward_hook(likeness)
+        with _loaded(skeleton, [blocks[index]]), keeping_freed_memory():
+            for number, each in enumerate(passes):
+                hidden = each.advance_to(following)
+                if index + 1 < len(blocks):
+                    journal.activations.keep(index + 1, number, hidden)
+                each.rest()
+        handle.remove()
+        influences.append(1 - likeness.mean)
+        if index + 1 < len(blocks):
+            journal.finish_block(index, {"influence": influences[-1]}, shapes)
+    for each in passes:
+        each.abandon()
+    for gate in gates:
+        gate.remove()
+    budget.close()
+    return influences
+
+
+class _Likeness:
+    """Hears what goes into a block and what comes out: how alike they are, mean over tokens."""
+
+    def __init__(self) -> None:
+        self._sum, self._num_tokens = 0.0, 0
+
+    def __call__(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+        cosines = nn.functional.cosine_similarity(arguments[0], output, dim=-1)
+        self._sum += float(cosines.sum(dtype=torch.float64))
+        self._num_tokens += cosines.numel()
+
+    @property
+    def mean(self) -> float:
+        """The cosine."""
+        return self._sum / self._num_tokens
+
+
+def losses_without(
+    skeleton: Skeleton,
+    calibration: Sequence[Tensor],
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    journal: Journal,
+    waiting_bytes: int,
+    progress: Progress,
+) -> list[float | None]:
+    """The loss, nats a token, without the ``removed`` blocks and each one of the ``candidates``: arXiv:2402.02834.
+
+    None where it is not finite. So many candidates are tried at a time that what waits of them stays within
+    ``waiting_bytes``, on the disk and in memory.
+    """
+    (samples,) = part_of([max(calibration, key=torch.numel)[:, :TOKENS_OF_LOGITS]], NUM_COMPARED_TOKENS)
+    num_bytes = _STATES_A_TOKEN * samples.numel() * skeleton.hidden_size * torch.float32.itemsize
+    size = max(1, waiting_bytes // num_bytes)
+    groups = [candidates[first : first + size] for first in range(0, len(candidates), size)]
+    losses: list[float | None] = []
+    for number, group in enumerate(groups):
+        name = f"group-{number:04d}"
+
+        def said(step: str, block: int, blocks: int, fraction: float, number: int = number) -> None:
+            progress(step, block, blocks, (number + fraction) / len(groups))
+
+        def measured(name: str = name, group: Sequence[int] = group, said: Progress = said) -> list[float | None]:
+            return _losses_of_group(skeleton, samples, removed, group, journal.inner(name), said)
+
+        losses += journal.once(name, measured)
+        shutil.rmtree(journal.folder / name, ignore_errors=True)
+    return losses
+
+
+@torch.inference_mode()
+def _losses_of_group(
+    skeleton: Skeleton,
+    samples: Tensor,
+    removed: Sequence[int],
+    candidates: Sequence[int],
+    journal: Journal,
+    progress: Progress,
+) -> list[float | None]:
+    blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
+    windows = torch.split(samples, 1)
+    shapes = [torch.Size([*ids.shape, skeleton.hidden_size]) for _ in candidates for ids in windows]
+    journal.begin_again_unless_whole(shapes)
+    first = journal.num_blocks
+    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, skeleton.end)]
+    skippable = [Skippable(name, skeleton.module(name)) for name in blocks]
+    passes: list[list[ForwardPass]] = []
+    for candidate in candidates:
+        skips = {blocks[index] for index in (*range(first), *removed, candidate)}
+        passes.append([skeleton.forward_pass(ids, skips=skips) for ids in windows])
+    everyone = [each for those in passes for each in those]
+    with _loaded(skeleton, skeleton.present(skeleton.architecture.before_blocks)):
+        for number, each in enumerate(everyone):
+            hidden = each.advance_to(blocks[first])
+            if first:
+                journal.activations.restore(first, number, hidden)
+    for index in range(first, len(blocks)):
+        following = blocks[index + 1] if index + 1 < len(blocks) else skeleton.end
+        progress(f"plan.{blocks[index]}", index, len(blocks), index / len(blocks))
+        with _loaded(skeleton, [] if index in removed else [blocks[index]]), keeping_freed_memory():
+            for number, each in enumerate(everyone):
+                hidden = each.advance_to(following)
+                if index + 1 < len(blocks):
+                    journal.activations.keep(index + 1, number, hidden)
+        if index + 1 < len(blocks):
+            journal.finish_block(index, {}, shapes)
+    losses: list[float | None] = []
+    with _loaded(skeleton, skeleton.present(skeleton.architecture.after_blocks), has_head=True):
+        for those in passes:
+            lost = [_loss(each.finish(), ids) for each, ids in zip(those, windows, strict=True)]
+            losses.append(_or_none(sum(lost) / (samples.numel() - len(windows))))
+    for gate in gates:
+        gate.remove()
+    for block_of_choice in skippable:
+        block_of_choice.remove()
+    return losses
+
+
+def without_blocks(checkpoint: Checkpoint, skeleton: Skeleton, kept: Sequence[int]) -> Checkpoint:
+    """The checkpoint, whose model is ``skeleton``, with the blocks that are ``kept`` alone."""
+    config: dict[str, Any] = dict(checkpoint.config)
+    own_name = skeleton.architecture.size("num_hidden_layers")
+    config |= {name: len(kept) for name in (own_name, "num_hidden_layers") if name == own_name or name in config}
+    # Which blocks have a window is often said by a rule, which would now name other blocks.
+    kinds = getattr(skeleton.model.config.get_text_config(), "layer_types", None)
+    if kinds and ("layer_types" in config or len(set(kinds)) > 1):
+        config["layer_types"] = [kinds[index] for index in kept]
+    return checkpoint.with_blocks(kept, config)
+
+
+def _or_none(value: float) -> float | None:
+    """What JSON has for a number that is none."""
+    return value if math.isfinite(value) else None
+
+
+def _or_worst(value: float | None) -> float:
+    """The same for a choice: a block is kept where nothing can be said of the model without it."""
+    return math.inf if value is None or not math.isfinite(value) else value
+
+
+def _loss(logits: Tensor, ids: Tensor) -> float:
+    """The sum over tokens, nats."""
+    targets = ids[:, 1:].flatten().to(logits.device)
+    return float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"))
+
+
+def _loaded(skeleton: Skeleton, parts: Sequence[str], *, has_head: bool = False) -> ExitStack:
+    """These parts of the model, there until the end of a ``with``."""
+    stack = ExitStack()
+    stack.callback(release_memory)
+    for name in parts:
+        stack.callback(skeleton.unload, name)
+        skeleton.load(name)
+    if has_head:
+        stack.callback(skeleton.unload, skeleton.architecture.head)
+        skeleton.load_head()
+    return stack
