@@ -16,7 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -160,24 +160,20 @@ class Losses:
 def print_table(losses: dict[str, Tensor]) -> None:
     """Perplexities, then which claims hold."""
     print(f"\n| setting | Attar | llm-compressor | log-perplexity, ours less theirs |\n{'| --- ' * 4}|")
-    print(f"| original | {_shown(losses['original'])} | | |")
+    print(f"| original | {shown(losses['original'])} | | |")
     for name in SETTINGS:
         if name not in losses:
             continue
         peer = losses.get(f"{name} peer")
-        theirs, difference = ("", "") if peer is None else (_shown(peer), _difference(losses[name], peer))
-        print(f"| {name} | {_shown(losses[name])} | {theirs} | {difference} |")
+        theirs, less = ("", "") if peer is None else (shown(peer), difference(losses[name], peer))
+        print(f"| {name} | {shown(losses[name])} | {theirs} | {less} |")
     print()
-    for better, worse in CLAIMS:
-        if better in losses and worse in losses:
-            found = paired_difference(losses[better], losses[worse])
-            verdict = "holds" if found.value < -2 * found.standard_error else "DOES NOT HOLD"
-            print(f"{better} below {worse}: {_difference(losses[better], losses[worse])}: {verdict}")
+    print_claims(CLAIMS, losses)
     for name in WITHIN_ONE_PERCENT:
         if name in losses:
             found = paired_difference(losses[name], losses["original"])
             verdict = "holds" if found.value - 2 * found.standard_error < 0.01 else "DOES NOT HOLD"
-            print(f"{name} within 1 % of the original: {_difference(losses[name], losses['original'])}: {verdict}")
+            print(f"{name} within 1 % of the original: {difference(losses[name], losses['original'])}: {verdict}")
     for name in SETTINGS:
         if name in losses and f"{name} peer" in losses:
             found = paired_difference(losses[name], losses[f"{name} peer"])
@@ -185,12 +181,23 @@ def print_table(losses: dict[str, Tensor]) -> None:
             print(f"{name} not above llm-compressor's: {verdict}")
 
 
-def _shown(losses: Tensor) -> str:
+def print_claims(claims: Sequence[tuple[str, str]], losses: Mapping[str, Tensor]) -> None:
+    """Whether the first of each two is below the second, of those that were measured."""
+    for better, worse in claims:
+        if better in losses and worse in losses:
+            found = paired_difference(losses[better], losses[worse])
+            verdict = "holds" if found.value < -2 * found.standard_error else "DOES NOT HOLD"
+            print(f"{better} below {worse}: {difference(losses[better], losses[worse])}: {verdict}")
+
+
+def shown(losses: Tensor) -> str:
+    """A perplexity with its standard error."""
     found = perplexity(losses)
     return f"{found.value:.3f} ± {found.standard_error:.3f}"
 
 
-def _difference(ours: Tensor, theirs: Tensor) -> str:
+def difference(ours: Tensor, theirs: Tensor) -> str:
+    """Of two log-perplexities, paired by token, with its standard error."""
     found = paired_difference(ours, theirs)
     return f"{found.value:+.4f} ± {found.standard_error:.4f}"
 
