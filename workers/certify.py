@@ -80,7 +80,11 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     _check_logits(artifact, work / "probe.safetensors")
     if task == "causal":
         _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
+    shapes = [stage["metrics"] for stage in compressed["stages"][: len(recipe.structure_stages)]]
     size = _check_size(work / "artifact", source, recipe)
+    size["artifact_parameters"] = shapes[-1]["num_parameters"] if shapes else size["original_parameters"]
+    if shapes:
+        _prove_depth(artifact, shapes[-1]["num_blocks"])
     _warn_of_size(size, emit)
     stages = _prove_stages(artifact, recipe, compressed["stages"])
     quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)))
@@ -229,8 +233,6 @@ def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
 
 def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
-    if shapes := [report["metrics"] for report in stages[: len(recipe.structure_stages)]]:
-        _prove_depth(model, shapes[-1]["num_blocks"])
     for stage, report in zip(recipe.stages, stages, strict=True):
         if isinstance(stage, PruningOptions):
             report["metrics"] |= _prove_zeros(model, stage, report["layers"])

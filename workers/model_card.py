@@ -20,6 +20,7 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
     fallbacks = sum(len(stage["fallbacks"]) for stage in report["stages"])
     rows = [
         ("weights, bytes", f"{size['original_bytes']:,}", f"{size['artifact_bytes']:,}"),
+        ("parameters", f"{size['original_parameters']:,}", f"{size['artifact_parameters']:,}"),
         *(
             (label, _with_error(quality, f"original_{name}", digits), _with_error(quality, name, digits))
             for label, name, digits in _QUALITY_ROWS

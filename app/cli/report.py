@@ -63,7 +63,8 @@ def _add_size(table: Table, sizes: Mapping[str, Any]) -> None:
     if file_bytes is not None and format_name == "gguf":
         table.add_row("bytes of the source's files", size(file_bytes), "", "")
     if sizes.get("original_parameters") is not None:
-        table.add_row("parameters", number(sizes["original_parameters"], 0), "", "")
+        left = number(sizes.get("artifact_parameters"), 0)
+        table.add_row("parameters", number(sizes["original_parameters"], 0), left, "")
 
 
 def _add_quality(table: Table, quality: Mapping[str, Any], task: str) -> None:

@@ -75,6 +75,10 @@ def logits_without(folder: Path, task: Task, blocks: str, removed: set[int], ids
     return torch.as_tensor(opened(input_ids=ids).logits)
 
 
+def num_parameters(auto: Any, folder: Path) -> int:
+    return sum(parameter.numel() for parameter in auto.from_pretrained(folder).parameters())
+
+
 def removed_by(attempt: Attempt) -> list[int]:
     compressed_json = json.loads((attempt.work / "compressed.json").read_text())
     return list(compressed_json["stages"][0]["metrics"]["removed_blocks"])
@@ -104,7 +108,9 @@ def test_the_result_is_the_original_without_the_blocks(model_type: str, tmp_path
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     metrics = attempt.report["stages"][0]["metrics"]
     assert (metrics["original_num_blocks"], metrics["num_blocks"]) == (NUM_BLOCKS, 3)
-    assert metrics["num_parameters"] < metrics["original_num_parameters"]
+    size, auto = attempt.report["size"], getattr(transformers, AUTO_CLASSES[task])
+    assert metrics["num_parameters"] == size["artifact_parameters"] == num_parameters(auto, attempt.artifact)
+    assert metrics["original_num_parameters"] == size["original_parameters"] == num_parameters(auto, tmp_path / "model")
     assert attempt.report["size"]["artifact_bytes"] < attempt.report["size"]["original_bytes"]
     assert json.loads((attempt.artifact / "config.json").read_text())[row.size("num_hidden_layers")] == 3
 
