@@ -12,6 +12,7 @@ from app.jobs.size_limits import check_budget, check_size
 from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
+from workers.depth_rules import check_depth
 from workers.errors import JobError, UserError
 from workers.recipe import BUILTIN_DATASET, Evaluation, Recipe
 from workers.sources.checkpoint import ArtifactFacts
@@ -22,7 +23,6 @@ from workers.sources.inspection import inspect_model
 from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
 from workers.techniques import DepthPruning, PruningOptions, QuantizationOptions
-from workers.techniques.options import OptionError
 from workers.techniques.schemes import group_size_fits
 
 _OFFERED_SIZES = (32, 64, 96, 128, 192, 256)  # in hints
@@ -45,7 +45,7 @@ def check(
             timeout_seconds=settings.hub_timeout_seconds,
         )
         check_format(submission.recipe, facts)
-        check_depth(submission.recipe, facts)
+        _check_depth(submission.recipe, facts)
         check_group_size(submission.recipe, facts)
         check_embeddings(submission.recipe, facts)
         check_budget(submission.recipe, facts)
@@ -101,38 +101,6 @@ def check_format(recipe: Recipe, facts: ModelFacts) -> None:
             param="recipe.output.format",
             hint="Set recipe.output.format to safetensors: values at full width, their packed size in the report.",
         )
-
-
-def check_depth(recipe: Recipe, facts: ModelFacts) -> None:
-    """Refuse to leave out more blocks than a model can lose, or in a way that is not for it.
-
-    Raises UserError ``invalid_value`` or ``unsupported_task``.
-    """
-    architecture = architecture_of(facts.config)
-    num_blocks = facts.config[architecture.size("num_hidden_layers")]
-    for index, stage in enumerate(recipe.stages):
-        if not isinstance(stage, DepthPruning):
-            continue
-        if stage.method == "perplexity" and architecture.task != "causal":
-            raise UserError(
-                "unsupported_task",
-                "The model is no causal language model and has no perplexity to choose blocks by.",
-                param=f"recipe.stages[{index}].method",
-                hint="Use block_influence, or list the blocks.",
-            )
-        if facts.config.get("scale_attn_by_inverse_layer_idx"):
-            raise UserError(
-                "unsupported_architecture",
-                "The model scales attention by the number of its block (scale_attn_by_inverse_layer_idx): no block can "
-                "take another's place.",
-                param=f"recipe.stages[{index}].technique",
-                hint="Use a technique that keeps all blocks.",
-            )
-        try:
-            stage.check(num_blocks)
-        except OptionError as error:
-            raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
-        num_blocks -= stage.num_removed(num_blocks)
 
 
 def check_embeddings(recipe: Recipe, facts: ModelFacts) -> None:
@@ -268,6 +236,14 @@ def _artifact_of(model_id: str, tenant_id: str, database: Database, storage: Sto
             ) from None
 
     return ArtifactFacts({file.path: file.size_bytes for file in files}, read_file)
+
+
+def _check_depth(recipe: Recipe, facts: ModelFacts) -> None:
+    num_blocks = facts.config[architecture_of(facts.config).size("num_hidden_layers")]
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, DepthPruning):
+            check_depth(stage, index, facts.config, num_blocks)
+            num_blocks -= stage.num_removed(num_blocks)
 
 
 def _check_datasets(recipe: Recipe, facts: ModelFacts, settings: Settings) -> None:

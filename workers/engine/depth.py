@@ -9,12 +9,13 @@ import math
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workers.depth_rules import check_depth
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.forward import ForwardPass, Gate, Skippable
@@ -24,7 +25,6 @@ from workers.engine.skeleton import Skeleton
 from workers.engine.text import batches, part_of
 from workers.errors import UserError
 from workers.techniques import DepthPruning
-from workers.techniques.options import OptionError
 
 # A mean over tokens is known well from so many.
 NUM_INFLUENCE_TOKENS = 16_384
@@ -44,6 +44,7 @@ class Cut:
 
     removed: list[int]
     scores: list[float | None]  # of each block; None where none was measured
+    losses: list[float | None] = field(default_factory=list)  # by perplexity: after each of the blocks was gone
 
     def kept(self) -> list[int]:
         """The blocks that stay, in order."""
@@ -65,22 +66,21 @@ def choose_blocks(
     ``journal`` it is kept how far we are. ``waiting_bytes`` of hidden states may be in memory.
 
     Raises:
-        UserError: ``invalid_value`` where the model has not enough blocks.
+        UserError: as :func:`check_depth` says, or ``non_finite_activations``.
     """
     num_blocks = skeleton.num_blocks
-    try:
-        stage.check(num_blocks)
-    except OptionError as error:
-        raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
+    check_depth(stage, index, skeleton.checkpoint.config, num_blocks)
     scores: list[float | None] = [None] * num_blocks
     if stage.blocks is not None:
         return Cut(sorted(stage.blocks), scores)
     candidates, num_removed = stage.candidates(num_blocks), stage.num_removed(num_blocks)
     if stage.method == "block_influence":
         influences = block_influences(skeleton, calibration, journal, waiting_bytes, progress)
-        order = sorted(candidates, key=lambda block: (_or_worst(influences[block]), block))
-        return Cut(order[:num_removed], list(map(_or_none, influences)))
+        scores = list(map(_or_none, influences))
+        _check_some([scores[block] for block in candidates])
+        return Cut(sorted(candidates, key=lambda block: (_or_worst(scores[block]), block))[:num_removed], scores)
     removed: list[int] = []
+    losses: list[float | None] = []
     for number in range(num_removed):
         name, left = f"without-{number:04d}", [block for block in candidates if block not in removed]
 
@@ -93,17 +93,12 @@ def choose_blocks(
 
         found: list[float | None] = journal.once(name, measured)
         shutil.rmtree(journal.folder / name, ignore_errors=True)
-        if all(loss is None for loss in found):
-            raise UserError(
-                "non_finite_activations",
-                "The model's losses are not finite on the calibration text, whichever block is left out.",
-                param="model.id",
-                hint="The checkpoint gives NaN or infinity; check it, and its dtype, on the same text.",
-            )
+        _check_some(found)
         for block, loss in zip(left, found, strict=True):
             scores[block] = loss
         removed.append(min((_or_worst(loss), block) for block, loss in zip(left, found, strict=True))[1])
-    return Cut(removed, scores)
+        losses.append(scores[removed[-1]])
+    return Cut(removed, scores, losses)
 
 
 @torch.inference_mode()
@@ -190,7 +185,8 @@ def losses_without(
     groups = [candidates[first : first + size] for first in range(0, len(candidates), size)]
     losses: list[float | None] = []
     for number, group in enumerate(groups):
-        name = f"group-{number:04d}"
+        # How many go together hangs on the memory that is free: a group is called by who is in it.
+        name = f"group-{group[0]:05d}-{group[-1]:05d}"
 
         def said(step: str, block: int, blocks: int, fraction: float, number: int = number) -> None:
             progress(step, block, blocks, (number + fraction) / len(groups))
@@ -263,6 +259,17 @@ def without_blocks(checkpoint: Checkpoint, skeleton: Skeleton, kept: Sequence[in
     return checkpoint.with_blocks(kept, config)
 
 
+def _check_some(values: Sequence[float | None]) -> None:
+    """Raise UserError ``non_finite_activations`` where no block can be told from another."""
+    if all(value is None for value in values):
+        raise UserError(
+            "non_finite_activations",
+            "The model's hidden states are not finite on the calibration text: its blocks cannot be compared.",
+            param="model.id",
+            hint="The checkpoint gives NaN or infinity; check it, and its dtype, on the same text.",
+        )
+
+
 def _or_none(value: float) -> float | None:
     """What JSON has for a number that is none."""
     return value if math.isfinite(value) else None
@@ -270,7 +277,7 @@ def _or_none(value: float) -> float | None:
 
 def _or_worst(value: float | None) -> float:
     """The same for a choice: a block is kept where nothing can be said of the model without it."""
-    return math.inf if value is None or not math.isfinite(value) else value
+    return math.inf if value is None else value
 
 
 def _loss(logits: Tensor, ids: Tensor) -> float:

@@ -63,6 +63,7 @@ def reshape(
                 "original_num_parameters": before.num_parameters,
                 "removed_blocks": cut.removed,
                 "scores": cut.scores,
+                "losses": cut.losses,
             }
         )
         finished(index, metrics[-1])

@@ -101,11 +101,15 @@ class DepthPruning(StructureOptions):
                 raise OptionError("blocks", f"must leave at least one of the model's {num_blocks} blocks")
             return
         option = "num_blocks" if self.num_blocks is not None else "fraction"
+        if num_blocks == 1:
+            raise OptionError("technique", "must be another: the model has one block, and none can go")
+        if removed >= num_blocks:
+            raise OptionError(option, f"must leave at least one of the model's {num_blocks} blocks")
+        if not candidates:
+            raise OptionError("keep_first", f"and keep_last must spare fewer than the model's {num_blocks} blocks")
         if removed == 0:
             least = f"at least {math.ceil(1000 / num_blocks) / 1000}"
             raise OptionError(option, f"must be {least}: of {num_blocks} blocks it leaves out none")
-        if removed >= num_blocks:
-            raise OptionError(option, f"must leave at least one of the model's {num_blocks} blocks")
         if removed > len(candidates):
             raise OptionError(
                 option,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.models import write_tiny_llama, write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
+from workers import memory
 from workers.architectures import ARCHITECTURES, AUTO_CLASSES, Architecture, Task
 from workers.errors import UserError
 from workers.pipeline import compress
@@ -170,6 +171,7 @@ def test_by_perplexity_each_choice_is_the_best_one(model: Path, tmp_path: Path) 
     second = min(pairs, key=pairs.__getitem__)
     metrics = json.loads((attempt.work / "compressed.json").read_text())["stages"][0]["metrics"]
     assert metrics["removed_blocks"] == [first, second]
+    assert metrics["losses"] == pytest.approx([alone[first], pairs[second]], abs=1e-4)
     tried_last = [pairs.get(index, alone[first]) for index in range(NUM_BLOCKS)]
     assert metrics["scores"] == pytest.approx(tried_last, abs=1e-4)
     assert max(tried_last) - min(tried_last) > 0.01
@@ -277,6 +279,51 @@ def test_a_fraction_that_is_too_small_is_told_one_that_is_not(num_blocks: int) -
     assert DepthPruning(fraction=0.29).num_removed(100) == 29
 
 
+@pytest.mark.parametrize("waiting", [(0, 1 << 30), (1 << 30, 0)])
+def test_it_goes_on_under_another_memory(
+    waiting: tuple[int, int], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = {"technique": "depth_pruning", "method": "perplexity", "num_blocks": 2}
+    undisturbed = compressed(tmp_path / "undisturbed", model, {"stages": [stage]})
+    attempt = fetched(tmp_path / "work", model, {"stages": [stage]})
+    num_steps = 0
+
+    def emit(event: dict[str, Any]) -> None:
+        nonlocal num_steps
+        num_steps += str(event.get("step")).startswith("plan.")
+        if num_steps == 9:
+            raise Stopped
+
+    monkeypatch.setattr(memory, "MOST_WAITING_BYTES", waiting[0])
+    with pytest.raises(Stopped):
+        compress(attempt.work, attempt.request, emit)
+    monkeypatch.setattr(memory, "MOST_WAITING_BYTES", waiting[1])
+    compress(attempt.work, attempt.request, attempt.events.append)
+    assert removed_by(attempt) == removed_by(undisturbed)
+    for path in undisturbed.artifact.iterdir():
+        assert path.read_bytes() == (attempt.artifact / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize(
+    ("model_type", "stage", "code"),
+    [
+        ("bert", {"method": "perplexity", "num_blocks": 1}, "unsupported_task"),
+        ("gpt2", {"num_blocks": 1}, "unsupported_architecture"),
+    ],
+)
+def test_what_makes_no_sense_for_a_model_is_refused(
+    model_type: str, stage: dict[str, Any], code: str, tmp_path: Path
+) -> None:
+    write_model(tmp_path / "model", model_type)
+    if model_type == "gpt2":
+        path = tmp_path / "model" / "config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "scale_attn_by_inverse_layer_idx": True}))
+    attempt = fetched(tmp_path / "work", tmp_path / "model", {"stages": [{"technique": "depth_pruning", **stage}]})
+    with pytest.raises(UserError) as caught:
+        compress(attempt.work, attempt.request, attempt.events.append)
+    assert caught.value.code == code
+
+
 def test_a_model_that_has_too_few_blocks_is_refused_by_the_worker_too(tmp_path: Path) -> None:
     write_tiny_llama(tmp_path / "model")
     attempt = fetched(
@@ -284,4 +331,4 @@ def test_a_model_that_has_too_few_blocks_is_refused_by_the_worker_too(tmp_path: 
     )
     with pytest.raises(UserError) as caught:
         compress(attempt.work, attempt.request, attempt.events.append)
-    assert (caught.value.code, caught.value.param) == ("invalid_value", "recipe.stages[0].num_blocks")
+    assert (caught.value.code, caught.value.param) == ("invalid_value", "recipe.stages[0].keep_first")
