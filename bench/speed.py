@@ -3,7 +3,8 @@
     .venv/bin/python -m bench.speed [--technique gptq | sparsegpt | wanda | smoothquant | awq | mixed_precision]
         [--runs 1] [--num-samples 64] [--our-samples 64 4]
 
-Both compute in float32 with the same samples and threads, each in a process of its own, and are timed from the
+Both take the same samples and threads, each in a process of its own: the peer in float32, we as jobs compute, which is
+float32 but for products of calibration passes where the processor multiplies bfloat16. They are timed from the
 start of the process to the files on disk. With --our-samples we take that many of them, in one run for each number: how
 soon is the perplexity reached that the peer has with all? The limit is the floating-point operations of one forward
 pass and of the Hessians at the rate that this machine reaches in a large product, measured between the runs.

@@ -52,6 +52,8 @@ Emit = Callable[[dict[str, Any]], None]
 # Tokens whose logits the artifact has to give again, and in how many sequences an encoder reads them.
 NUM_PROBE_TOKENS = 64
 NUM_PROBE_SEQUENCES = 4
+# What part of the phase is over when all is computed; the rest is writing it out.
+COMPUTED = 0.98
 # What an artifact takes over from the source beside its weights and config.json.
 COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -86,36 +88,15 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     calibration = _calibration(work, recipe, tokenizer, skeleton, emit)
     probe = _probe(work, tokenizer, skeleton)
     journal = _journal(work, recipe, emit)
-    may_wait = waiting_bytes(free_bytes(memory_limit_bytes))
-
-    def shape_progress(stage: int, step: str, block: int, num_blocks: int, fraction: float) -> None:
-        fraction = recipe.structure_share * (stage + fraction) / len(recipe.structure_stages)
-        emit(
-            {"event": "progress", "fraction": 0.98 * fraction, "stage": stage, "step": step, "block": block,
-             "num_blocks": num_blocks}
-        )  # fmt: skip
-
-    def shape_done(stage: int, metrics: dict[str, Any]) -> None:
-        emit({"event": "stage", "index": stage, "status": "succeeded", "metrics": metrics})
-        if stage + 1 < len(recipe.structure_stages):
-            emit({"event": "stage", "index": stage + 1, "status": "running", "metrics": {}})
-
-    skeleton, shapes = reshape(skeleton, recipe, calibration, journal, may_wait, shape_progress, shape_done)
+    may_wait, told = waiting_bytes(free_bytes(memory_limit_bytes)), _Told(recipe, emit)
+    skeleton, shapes = reshape(skeleton, recipe, calibration, journal, may_wait, told.shaping, told.shaped)
     if recipe.structure_stages:
         _check_stored_size(request, recipe, skeleton)
     _warn_of_ignored(recipe, skeleton, emit)
-
-    def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
-        fraction = recipe.structure_share + (1 - recipe.structure_share) * fraction
-        emit(
-            {"event": "progress", "fraction": 0.98 * fraction, "stage": len(recipe.stages) - 1, "step": step,
-             "block": block, "num_blocks": num_blocks}
-        )  # fmt: skip
-
     for index in range(max(1, len(shapes)), len(recipe.stages)):
         emit({"event": "stage", "index": index, "status": "running", "metrics": {}})
-    streamed = Stream(skeleton, recipe, journal, progress, may_wait).run(calibration, probe)
-    emit({"event": "progress", "fraction": 0.98, "stage": len(recipe.stages) - 1, "step": "export"})
+    streamed = Stream(skeleton, recipe, journal, told.streaming, may_wait).run(calibration, probe)
+    emit({"event": "progress", "fraction": COMPUTED, "stage": len(recipe.stages) - 1, "step": "export"})
     check_unchanged(work / "source")
     _export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
@@ -138,6 +119,33 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     )
     for index, stage in enumerate(stages[len(shapes) :], len(shapes)):
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
+
+
+class _Told:
+    """Says how far the job is: a part of the time goes into its shape, the rest into the stream."""
+
+    def __init__(self, recipe: Recipe, emit: Emit) -> None:
+        self._share = recipe.structure_share
+        self._num_shapes, self._last = len(recipe.structure_stages), len(recipe.stages) - 1
+        self._emit = emit
+
+    def shaping(self, stage: int, step: str, block: int, num_blocks: int, fraction: float) -> None:
+        """``fraction`` of a stage that decides the shape is done."""
+        self._say(stage, step, block, num_blocks, self._share * (stage + fraction) / self._num_shapes)
+
+    def shaped(self, stage: int, metrics: dict[str, Any]) -> None:
+        """Such a stage is done."""
+        self._emit({"event": "stage", "index": stage, "status": "succeeded", "metrics": metrics})
+        if stage + 1 < self._num_shapes:
+            self._emit({"event": "stage", "index": stage + 1, "status": "running", "metrics": {}})
+
+    def streaming(self, step: str, block: int, num_blocks: int, fraction: float) -> None:
+        """``fraction`` of what the stream does is done."""
+        self._say(self._last, step, block, num_blocks, self._share + (1 - self._share) * fraction)
+
+    def _say(self, stage: int, step: str, block: int, num_blocks: int, fraction: float) -> None:
+        event = {"event": "progress", "fraction": COMPUTED * fraction, "stage": stage, "step": step}
+        self._emit({**event, "block": block, "num_blocks": num_blocks})
 
 
 def _check_stored_size(request: dict[str, Any], recipe: Recipe, skeleton: Skeleton) -> None:

@@ -66,8 +66,9 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
 
 def _part_of_blocks_left(recipe: Recipe, facts: ModelFacts) -> float:
     """Of the model's blocks, where stages leave some out."""
-    num_blocks = before = facts.config[architecture_of(facts.config).size("num_hidden_layers")]
+    before: int = facts.config[architecture_of(facts.config).size("num_hidden_layers")]
+    num_blocks = before
     for stage in recipe.stages:
         if isinstance(stage, DepthPruning):
             num_blocks -= stage.num_removed(num_blocks)
-    return float(num_blocks / before)
+    return num_blocks / before

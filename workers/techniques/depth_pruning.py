@@ -20,6 +20,8 @@ class DepthPruning(StructureOptions):
     kind: ClassVar[Kind] = "pruning"
     summary: ClassVar[str] = "Leaves out whole blocks: smaller, and faster on any hardware, without a loader of ours."
 
+    statistics: ClassVar[frozenset[Statistic]] = frozenset({"block_influence"})
+
     technique: Literal["depth_pruning"] = "depth_pruning"
     method: Annotated[
         Method,
@@ -65,12 +67,8 @@ class DepthPruning(StructureOptions):
     @property
     def needs(self) -> frozenset[Statistic]:
         """What tells blocks apart; nothing for a list."""
-        needed: dict[Method, frozenset[Statistic]] = {
-            "block_influence": frozenset({"block_influence"}),
-            "perplexity": frozenset({"losses"}),
-            "list": frozenset(),
-        }
-        return needed[self.method]
+        needed: dict[Method, frozenset[Statistic]] = {"perplexity": frozenset({"losses"}), "list": frozenset()}
+        return needed.get(self.method, self.statistics)
 
     @property
     def plan_share(self) -> float:
