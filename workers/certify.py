@@ -80,11 +80,9 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     _check_logits(artifact, work / "probe.safetensors")
     if task == "causal":
         _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
-    shapes = [stage["metrics"] for stage in compressed["stages"][: len(recipe.structure_stages)]]
     size = _check_size(work / "artifact", source, recipe)
-    size["artifact_parameters"] = shapes[-1]["num_parameters"] if shapes else size["original_parameters"]
-    if shapes:
-        _prove_depth(artifact, shapes[-1]["num_blocks"])
+    size["artifact_parameters"] = compressed["num_parameters"] if recipe.early_stages else size["original_parameters"]
+    _prove_depth(artifact, compressed["num_blocks"])
     _warn_of_size(size, emit)
     stages = _prove_stages(artifact, recipe, compressed["stages"])
     quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)))
@@ -197,7 +195,7 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
             "nothing was gained.",
             param="recipe.stages",
             hint="Leave out more, or add a stage that quantizes: what it starts from may already be quantized."
-            if recipe.structure_stages
+            if recipe.early_stages
             else "Choose fewer bits or larger groups; this model may already be quantized.",
         )
     return {

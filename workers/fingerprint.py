@@ -63,10 +63,13 @@ def change_of(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
-def made_under(of_blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def made_under(
+    of_blocks: Sequence[Mapping[str, Any]], of_decisions: Sequence[Mapping[str, Any]] = ()
+) -> list[dict[str, Any]]:
     """Runs of blocks that were made under one fingerprint each, with what was other there than for the last block.
 
-    ``of_blocks`` has the fingerprint of each block. One run means that the artifact can be made again.
+    ``of_blocks`` has the fingerprint of each block, ``of_decisions`` those of what was done before the first: a run of
+    no blocks for each that differs. One run means that the artifact can be made again.
     """
     runs: list[dict[str, Any]] = []
     first_block = 0
@@ -75,6 +78,10 @@ def made_under(of_blocks: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         values = {name: there for name, (there, _) in other.items()}
         runs.append({"first_block": first_block, "num_blocks": num_blocks, "differs_in": values})
         first_block += num_blocks
+    for other in (differences(each, of_blocks[-1]) for each in of_decisions):
+        values = {name: there for name, (there, _) in other.items()}
+        if values not in [run["differs_in"] for run in runs]:
+            runs.insert(0, {"first_block": 0, "num_blocks": 0, "differs_in": values})
     return runs
 
 

@@ -177,8 +177,8 @@ class Recipe(_Part):
         return self
 
     @property
-    def structure_stages(self) -> list[StructureOptions]:
-        """The first stages, after which the model has another shape."""
+    def early_stages(self) -> list[StructureOptions]:
+        """The first stages, each of which leaves a whole model for the next."""
         return [stage for stage in self.stages if isinstance(stage, StructureOptions)]
 
     @property
@@ -194,7 +194,7 @@ class Recipe(_Part):
     @property
     def needs_calibration(self) -> bool:
         """Whether text is run through the model: for the stages, or for a plan of how to treat each layer."""
-        return bool(self.statistics or self.plan_share or any(stage.needs for stage in self.structure_stages))
+        return bool(self.statistics or self.plan_share or any(stage.needs for stage in self.early_stages))
 
     @property
     def calibrates_on_original(self) -> bool:
@@ -210,11 +210,6 @@ class Recipe(_Part):
     def plan_share(self) -> float:
         """What part of the time goes into a plan of how to treat each layer; 0 where there is none."""
         return max((stage.plan_share for stage in self.layer_stages), default=0.0)
-
-    @property
-    def structure_share(self) -> float:
-        """What part of the time goes into deciding the model's shape, roughly."""
-        return min(0.9, sum(stage.plan_share for stage in self.structure_stages))
 
     @property
     def stores_codes(self) -> bool:

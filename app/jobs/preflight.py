@@ -12,9 +12,9 @@ from app.jobs.size_limits import check_budget, check_size
 from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
-from workers.depth_rules import check_depth
 from workers.errors import JobError, UserError
 from workers.recipe import BUILTIN_DATASET, Evaluation, Recipe
+from workers.shapes import config_after
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.datasets import check_dataset
 from workers.sources.facts import ModelFacts
@@ -22,7 +22,7 @@ from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
 from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
-from workers.techniques import DepthPruning, PruningOptions, QuantizationOptions
+from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.schemes import group_size_fits
 
 _OFFERED_SIZES = (32, 64, 96, 128, 192, 256)  # in hints
@@ -45,7 +45,7 @@ def check(
             timeout_seconds=settings.hub_timeout_seconds,
         )
         check_format(submission.recipe, facts)
-        _check_depth(submission.recipe, facts)
+        config_after(submission.recipe.stages, facts.config)
         check_group_size(submission.recipe, facts)
         check_embeddings(submission.recipe, facts)
         check_budget(submission.recipe, facts)
@@ -236,14 +236,6 @@ def _artifact_of(model_id: str, tenant_id: str, database: Database, storage: Sto
             ) from None
 
     return ArtifactFacts({file.path: file.size_bytes for file in files}, read_file)
-
-
-def _check_depth(recipe: Recipe, facts: ModelFacts) -> None:
-    num_blocks = facts.config[architecture_of(facts.config).size("num_hidden_layers")]
-    for index, stage in enumerate(recipe.stages):
-        if isinstance(stage, DepthPruning):
-            check_depth(stage, index, facts.config, num_blocks)
-            num_blocks -= stage.num_removed(num_blocks)
 
 
 def _check_datasets(recipe: Recipe, facts: ModelFacts, settings: Settings) -> None:

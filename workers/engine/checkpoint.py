@@ -6,7 +6,7 @@ import copy
 import json
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path, *, cast: torch.dtype | None = None) -> None:
         self.folder = folder
+        self.tokenizer_folder = folder
         self._cast = cast
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._file_of: dict[str, Path] = {}
@@ -47,6 +48,7 @@ class Checkpoint:
             self.config.get("quantization_config"), is_transposed=row is not None and row.is_transposed
         )
         self._name_on_disk: dict[str, str] = {}  # of tensors that this checkpoint has under another name than its files
+        self._kept: dict[str, dict[int, Tensor]] = {}  # of parameters that are here in part, by dimension
 
     def with_blocks(self, kept: Sequence[int], config: Mapping[str, Any]) -> Checkpoint:
         """The same files read as a checkpoint of the ``kept`` blocks alone, in this order, with ``config``."""
@@ -56,7 +58,7 @@ class Checkpoint:
         block = re.compile(rf"({re.escape(row.blocks)}\.)([0-9]+)(\..*)", re.DOTALL)
         other = copy.copy(self)
         other.config = dict(config)
-        other._file_of, other._stored_name, other._name_on_disk = {}, {}, {}
+        other._file_of, other._stored_name, other._name_on_disk, other._kept = {}, {}, {}, {}
         for name, path in self._file_of.items():
             match = block.fullmatch(name)
             if match is not None and match[2] not in new_index:
@@ -65,6 +67,38 @@ class Checkpoint:
             other._file_of[renamed], other._stored_name[renamed] = path, self._stored_name[name]
             module, on_disk = (each.rpartition(".")[0] for each in (renamed, name))
             other._name_on_disk[module] = self._name_on_disk.get(on_disk, on_disk)
+            if (parameter := self._parameter_of(name)) in self._kept:
+                other._kept[self._parameter_of(renamed)] = self._kept[parameter]
+        return other
+
+    def with_selection(self, kept: Mapping[str, Mapping[int, Tensor]], config: Mapping[str, Any]) -> Checkpoint:
+        """The same files read as a checkpoint whose parameters have only some of their rows, columns or values.
+
+        ``kept`` says for each parameter that is cut, by dimension as the checkpoint has it, which indices stay (int64),
+        in their order; ``config`` is the new one.
+        """
+        other = copy.copy(self)
+        other.config = dict(config)
+        other._kept = dict(self._kept)
+        for name, by_dimension in kept.items():
+            earlier = dict(self._kept.get(name, {}))
+            for dimension, indices in by_dimension.items():
+                earlier[dimension] = earlier[dimension][indices] if dimension in earlier else indices
+            other._kept[name] = earlier
+        return other
+
+    def without(self, names: Collection[str], config: Mapping[str, Any]) -> Checkpoint:
+        """The same files read without the parameters ``names``, with ``config``."""
+        other = copy.copy(self)
+        other.config = dict(config)
+        other._file_of = {name: path for name, path in self._file_of.items() if self._parameter_of(name) not in names}
+        other._kept = {name: kept for name, kept in self._kept.items() if name not in names}
+        return other
+
+    def with_tokenizer(self, folder: Path) -> Checkpoint:
+        """The same checkpoint with the tokenizer of ``folder``."""
+        other = copy.copy(self)
+        other.tokenizer_folder = folder
         return other
 
     @property
@@ -82,7 +116,7 @@ class Checkpoint:
         return sorted({self._parameter_of(name) for name in self.names(prefix)})
 
     def stored(self, name: str) -> Tensor:
-        """A tensor as it is stored."""
+        """A tensor as its file has it, whole."""
         with safe_open(self._file_of[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(self._stored_name[name])
             return tensor
@@ -98,7 +132,7 @@ class Checkpoint:
             tensor = self._coded.decode(self._on_disk(module), self._stored_with_prefix(module))
         else:
             tensor = self.stored(name)
-        tensor = tensor.to(self._cast or torch.float32).to(torch.float32)
+        tensor = self._cut(name, tensor).to(self._cast or torch.float32).to(torch.float32)
         if not _is_finite(tensor):
             raise UserError(
                 "non_finite_weights",
@@ -113,12 +147,15 @@ class Checkpoint:
         if name not in self._file_of or self._is_quantized(name.removesuffix(".weight")):
             return None
         with safe_open(self._file_of[name], framework="pt") as file:
-            return list(file.get_slice(self._stored_name[name]).get_shape())
+            shape = list(file.get_slice(self._stored_name[name]).get_shape())
+        for dimension, indices in self._kept.get(name, {}).items():
+            shape[dimension] = indices.numel()
+        return shape
 
     def as_stored(self, name: str) -> Tensor:
         """A parameter in the type of the checkpoint, dequantized where it is stored as codes."""
         if name in self._file_of and not self._is_quantized(name.removesuffix(".weight")):
-            tensor = self.stored(name)
+            tensor = self._cut(name, self.stored(name))
             return tensor if self._cast is None else tensor.to(self._cast)
         return self.parameter(name).to(self.stored_dtype(name))
 
@@ -146,6 +183,11 @@ class Checkpoint:
         """Whether a linear layer is stored as codes and config.json says that it is not, or the reverse."""
         spared = None if self._coded is None else self._coded.spares(self._on_disk(module))
         return spared is not None and spared == self._is_quantized(module)
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        for dimension, indices in self._kept.get(name, {}).items():
+            tensor = tensor.index_select(dimension, indices)
+        return tensor
 
     def _is_quantized(self, module: str) -> bool:
         return self._coded is not None and f"{module}.{self._coded.mark}" in self._file_of

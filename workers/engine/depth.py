@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from workers.depth_rules import check_depth
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.forward import ForwardPass, Gate, Skippable
 from workers.engine.holdings import MemoryBudget
 from workers.engine.journal import Journal
+from workers.engine.shaping import Progress, Shaping
 from workers.engine.skeleton import Skeleton
 from workers.engine.text import batches, part_of
 from workers.errors import UserError
+from workers.shapes.depth import config_of_fewer_blocks
 from workers.techniques import DepthPruning
 
 # A mean over tokens is known well from so many.
@@ -34,8 +35,6 @@ NUM_COMPARED_TOKENS = 2_048
 _STATES_A_TOKEN = 3
 # Tokens of one pass to the logits, of which there are as many rows in memory.
 TOKENS_OF_LOGITS = 512
-
-Progress = Callable[[str, int, int, float], None]  # step, block, num_blocks, fraction
 
 
 @dataclass(frozen=True)
@@ -51,31 +50,36 @@ class Cut:
         return [index for index in range(len(self.scores)) if index not in self.removed]
 
 
-def choose_blocks(
-    skeleton: Skeleton,
-    stage: DepthPruning,
-    index: int,
-    calibration: Sequence[Tensor],
-    journal: Journal,
-    waiting_bytes: int,
-    progress: Progress,
-) -> Cut:
-    """What the stage, ``index`` in its recipe, leaves out of the model.
-
-    ``calibration`` holds samples × tokens for each length of samples, and nothing where blocks are listed; in
-    ``journal`` it is kept how far we are. ``waiting_bytes`` of hidden states may be in memory.
+def leave_out_blocks(shaping: Shaping, stage: DepthPruning) -> tuple[Checkpoint, dict[str, Any]]:
+    """The model's checkpoint without the blocks that the stage chooses, and what the report says of the choice.
 
     Raises:
-        UserError: as :func:`check_depth` says, or ``non_finite_activations``.
+        UserError: as :func:`config_of_fewer_blocks` says, or ``non_finite_activations``.
     """
-    num_blocks = skeleton.num_blocks
-    check_depth(stage, index, skeleton.checkpoint.config, num_blocks)
+    before, journal = shaping.skeleton, shaping.journal
+    config_of_fewer_blocks(stage, shaping.index, before.checkpoint.config)
+    cut = Cut(**journal.once("cut", lambda: asdict(choose_blocks(shaping, stage, journal.inner("measuring")))))
+    shutil.rmtree(journal.folder / "measuring", ignore_errors=True)
+    metrics = {
+        "num_blocks": before.num_blocks - len(cut.removed),
+        "original_num_blocks": before.num_blocks,
+        "removed_blocks": cut.removed,
+        "scores": cut.scores,
+        "losses": cut.losses,
+    }
+    return without_blocks(before.checkpoint, before, cut.kept()), metrics
+
+
+def choose_blocks(shaping: Shaping, stage: DepthPruning, journal: Journal) -> Cut:
+    """What the stage leaves out of the model; in ``journal`` it is kept how far we are."""
+    skeleton, num_blocks, waiting_bytes = shaping.skeleton, shaping.skeleton.num_blocks, shaping.waiting_bytes
     scores: list[float | None] = [None] * num_blocks
     if stage.blocks is not None:
         return Cut(sorted(stage.blocks), scores)
+    calibration = shaping.texts.calibration(skeleton)
     candidates, num_removed = stage.candidates(num_blocks), stage.num_removed(num_blocks)
     if stage.method == "block_influence":
-        influences = block_influences(skeleton, calibration, journal, waiting_bytes, progress)
+        influences = block_influences(skeleton, calibration, journal, waiting_bytes, shaping.progress)
         scores = list(map(_or_none, influences))
         _check_some([scores[block] for block in candidates])
         return Cut(sorted(candidates, key=lambda block: (_or_worst(scores[block]), block))[:num_removed], scores)
@@ -85,7 +89,7 @@ def choose_blocks(
         name, left = f"without-{number:04d}", [block for block in candidates if block not in removed]
 
         def said(step: str, block: int, blocks: int, fraction: float, number: int = number) -> None:
-            progress(step, block, blocks, (number + fraction) / num_removed)
+            shaping.progress(step, block, blocks, (number + fraction) / num_removed)
 
         def measured(name: str = name, left: list[int] = left, said: Progress = said) -> list[float | None]:
             steps = journal.inner(name)

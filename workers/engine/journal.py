@@ -40,15 +40,22 @@ class Discarded:
 class Journal:
     """The finished blocks of one job."""
 
-    def __init__(self, folder: Path, identity: Mapping[str, Any], fingerprint: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: Mapping[str, Any],
+        fingerprint: Mapping[str, Any],
+        decided_under: list[dict[str, Any]] | None = None,
+    ) -> None:
         """Open ``folder`` and keep what is complete there, if it is of the same ``identity`` (a JSON object).
 
         And of this :data:`REVISION`. ``fingerprint`` is what blocks are made under from now on; that of an earlier
-        attempt may be another.
+        attempt may be another. ``decided_under`` gathers those of all that is kept beside blocks.
         """
         identity = {**identity, "journal": REVISION}
         self.folder = folder
         self.fingerprint = dict(fingerprint)
+        self.decided_under: list[dict[str, Any]] = [] if decided_under is None else decided_under
         self.fingerprints: list[dict[str, Any]] = []  # of the finished blocks
         self.discarded: Discarded | None = None
         self.entries: list[dict[str, Any]] = []
@@ -67,19 +74,21 @@ class Journal:
         return len(self.entries)
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
-        """What ``compute`` gave, in JSON, when the job first asked for ``name``: finished blocks rest on it."""
+        """What ``compute`` gave, in JSON, when the job first asked for ``name``: what comes after rests on it."""
         path = self.folder / f"{name}.json"
-        if path.exists():
-            kept = _unsealed(path)
-            if self.entries or kept["fingerprint"] == self.fingerprint:
-                return kept["value"]
-        value = compute()
-        self._write(path, _sealed({"value": value, "fingerprint": self.fingerprint}))
-        return value
+        if not path.exists():
+            self._write(path, _sealed({"value": compute(), "fingerprint": self.fingerprint}))
+        kept = _unsealed(path)
+        self.decided_under.append(kept["fingerprint"])
+        return kept["value"]
+
+    def has(self, name: str) -> bool:
+        """Whether ``name`` was asked for :meth:`once`."""
+        return (self.folder / f"{name}.json").exists()
 
     def inner(self, name: str) -> Journal:
-        """A journal of something that is to be done before the first block, in a folder of this one's."""
-        return Journal(self.folder / name, {"of": name}, self.fingerprint)
+        """A journal of a part of the work, in a folder of this one's."""
+        return Journal(self.folder / name, {"of": name}, self.fingerprint, self.decided_under)
 
     def begin_again_unless_whole(self, shapes: Sequence[Sequence[int]]) -> None:
         """Forget the finished blocks where what comes after them could not go on as if it had never stopped.

@@ -18,8 +18,8 @@ from workers.sources.fetched import MARKER
 
 logger = logging.getLogger(__name__)
 
-# Steps that a plan counts for: more than there are in any part of one.
-_WHOLE_PLAN = 1 << 20
+# Of an entry, and by how many bits one in a folder is worth less.
+_WORTH, _WORTH_OF_FOLDER = 1 << 80, 20
 # In a work folder, and while it waits in the work directory.
 _WAITS_IN = {"journal": "journals", "source": "sources"}
 
@@ -62,9 +62,12 @@ def _set_aside(folder: Path, name: str, worth: Callable[[Path], int]) -> None:
 
 
 def _num_steps(journal: Path) -> int:
-    """What is done: blocks, and before them the plan, which may have taken as long, or a part of it."""
-    plan = _WHOLE_PLAN if (journal / "plan.json").exists() else len(list(journal.glob("planning/*/block-*.json")))
-    return plan + len(list(journal.glob("block-*.json")))
+    """What is done: finished blocks and decisions, each of which outweighs all that was measured for it in folders.
+
+    Those are removed with it.
+    """
+    entries = [path.relative_to(journal) for path in journal.rglob("*.json") if not path.name.startswith("identity")]
+    return sum(_WORTH >> _WORTH_OF_FOLDER * (len(path.parts) - 1) for path in entries)
 
 
 def _is_marked(source: Path) -> int:

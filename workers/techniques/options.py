@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from workers.engine.layer import Layer
 
 Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
-Statistic = Literal["hessian", "input_norms", "input_absmax", "drift", "block_influence", "losses"]
+Statistic = Literal["hessian", "input_norms", "input_absmax", "drift", "block_influence", "losses", "token_counts"]
 
 
 class OptionError(ValueError):
@@ -40,14 +40,6 @@ class StageOptions(BaseModel):
         """What the stage needs from calibration with these options."""
         return self.statistics
 
-    @property
-    def plan_share(self) -> float:
-        """What part of the job's time goes into measuring, before the first layer is compressed, how to treat each.
-
-        Roughly, for the progress; 0 where all are treated alike.
-        """
-        return 0.0
-
 
 class LayerOptions(StageOptions):
     """Options of a stage that compresses linear layers one by one, as the engine's stream comes past them."""
@@ -67,6 +59,14 @@ class LayerOptions(StageOptions):
     def ignores(self, layer: str) -> bool:
         """Whether the stage leaves the layer of this name as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
+
+    @property
+    def plan_share(self) -> float:
+        """What part of the job's time goes into measuring, before the first layer is compressed, how to treat each.
+
+        Roughly, for the progress; 0 where all are treated alike.
+        """
+        return 0.0
 
     def at(self, choice: float) -> LayerOptions:
         """The stage as it is for a layer that such a plan gives ``choice``."""

@@ -1,4 +1,4 @@
-"""Whether a model can do without the blocks that a stage leaves out: from its config alone, so that both sides ask."""
+"""Whether a model can do without the blocks that a stage leaves out."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from workers.techniques import DepthPruning
 from workers.techniques.options import OptionError
 
 
-def check_depth(stage: DepthPruning, index: int, config: Mapping[str, Any], num_blocks: int) -> None:
-    """Refuse a stage, ``index`` in its recipe, for a model that has ``num_blocks`` by then.
+def config_of_fewer_blocks(stage: DepthPruning, index: int, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with as many blocks as the stage, ``index`` in its recipe, leaves.
 
-    Raises UserError ``invalid_value``, ``unsupported_task`` or ``unsupported_architecture``.
+    Raises:
+        UserError: ``invalid_value``, ``unsupported_task`` or ``unsupported_architecture``.
     """
-    if stage.method == "perplexity" and architecture_of(config).task != "causal":
+    architecture = architecture_of(config)
+    if stage.method == "perplexity" and architecture.task != "causal":
         raise UserError(
             "unsupported_task",
             "The model is no causal language model and has no perplexity to choose blocks by.",
@@ -31,7 +33,11 @@ def check_depth(stage: DepthPruning, index: int, config: Mapping[str, Any], num_
             param=f"recipe.stages[{index}].technique",
             hint="Use a technique that keeps all blocks.",
         )
+    num_blocks = int(config[architecture.size("num_hidden_layers")])
     try:
         stage.check(num_blocks)
     except OptionError as error:
         raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
+    left = num_blocks - stage.num_removed(num_blocks)
+    own_name = architecture.size("num_hidden_layers")
+    return {**config, **{name: left for name in (own_name, "num_hidden_layers") if name == own_name or name in config}}
