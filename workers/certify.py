@@ -27,7 +27,7 @@ from workers.model_card import model_card
 from workers.recipe import Recipe
 from workers.report import check_constraints, outcome_of, quality_part, report_of, speed_part
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions
+from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions, TrainingOptions
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -175,7 +175,9 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     """Bytes before and after. A result has to be smaller, unless its weights prove what was done to them."""
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
     has_few_values = recipe.quantization is not None and not recipe.stores_codes and recipe.cast is None
-    is_proven = has_few_values or any(isinstance(stage, PruningOptions) for stage in recipe.stages)
+    is_pruned = any(isinstance(stage, PruningOptions) for stage in recipe.stages)
+    # Training alone makes a model better, not smaller.
+    is_proven = has_few_values or is_pruned or all(isinstance(stage, TrainingOptions) for stage in recipe.stages)
     if artifact_bytes >= original_bytes and recipe.stores_bitmasks:
         raise UserError(
             "not_smaller",

@@ -1,8 +1,8 @@
 """Turns the model and data ids of a request into validated files of the work folder. Never imports torch.
 
 Leaves in ``{work}/source``: ``model/``, ``model.json``, ``data.json``, ``evaluation.jsonl`` and, where a stage needs
-it, ``calibration.jsonl``; what an earlier attempt at the job left there complete is used as it is. This is the only
-process of a job that has the network and a token.
+them, ``calibration.jsonl`` and ``training.jsonl``; what an earlier attempt at the job left there complete is used as it
+is. This is the only process of a job that has the network and a token.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,9 @@ from workers.disk import write_json
 from workers.errors import InfrastructureError, UserError
 from workers.formats import load_sparse
 from workers.recipe import Recipe
-from workers.sources.checkpoint import read_checkpoint, read_json, without_code
+from workers.sources.checkpoint import Checkpoint, read_checkpoint, read_json, without_code
 from workers.sources.checkpoint_folder import CheckpointFolder, open_folder, open_model, symlink_refused
+from workers.sources.classifier_head import class_names, makes_classifier, with_head, write_head
 from workers.sources.facts import ModelFacts
 from workers.sources.fetched import is_complete, mark_complete, unmark
 from workers.sources.identifiers import FileId, HubId, ModelId, parse_model_id, parse_revision
@@ -31,6 +32,7 @@ from workers.sources.labels import labels_of
 from workers.sources.texts import write_texts
 from workers.sources.tokenizer_file import TOKENIZER_JSON, check_tokenizer_json
 from workers.sources.unchanged import FileStates, check_same, file_state, file_states
+from workers.training_rules import check_training
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -60,7 +62,10 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
     shutil.rmtree(destination, ignore_errors=True)
     destination.mkdir(parents=True)
 
-    facts, before = _fetch_model(request["model"]["id"], model, revision, model_roots, source, emit)
+    head = None
+    if makes_classifier(recipe) and recipe.training is not None:
+        head = _Head(class_names(recipe.training, model_roots), recipe.seed)
+    facts, before = _fetch_model(request["model"]["id"], model, revision, model_roots, source, head, emit)
     if revision is not None and not isinstance(model, HubId) and facts.revision != revision:
         raise UserError(
             "revision_not_found",
@@ -69,7 +74,14 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
             hint="Leave the revision out to take the content as it is.",
         )
     emit(_resolved(facts.to_dict()))
-    data = write_texts(recipe, source, model_roots, labels=labels_of(recipe.evaluation, facts.config))
+    check_training(recipe, facts.config)
+    data = write_texts(
+        recipe,
+        source,
+        model_roots,
+        labels=labels_of(recipe.evaluation, facts.config),
+        training_labels=None if recipe.training is None else labels_of(recipe.training, facts.config),
+    )
     write_json(source / "data.json", data)
     states = file_states(destination)
     check_same(before, states)
@@ -79,23 +91,46 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
 
 
 def _fetch_model(
-    model_id: str, model: ModelId, revision: str | None, model_roots: Sequence[Path], source: Path, emit: Emit
+    model_id: str,
+    model: ModelId,
+    revision: str | None,
+    model_roots: Sequence[Path],
+    source: Path,
+    head: _Head | None,
+    emit: Emit,
 ) -> tuple[ModelFacts, FileStates]:
     """The facts, and the states in which files that are not ours were found before anything was read of them."""
     destination = source / "model"
     if isinstance(model, HubId):
-        return _fetch_from_hub(model.name, model_id, revision, destination), {}
+        return _fetch_from_hub(model.name, model_id, revision, destination, head), {}
     if isinstance(model, FileId):
         with open_model(model.parts, model_roots) as (folder, gguf_name):
             gguf_name = gguf_name or gguf_in(folder)
             if gguf_name is not None:
                 return _convert(model_id, folder, gguf_name, destination, emit), {}
-            return _link(model_id, folder, destination)
+            return _link(model_id, folder, destination, head)
     with open_folder(source / "artifact") as folder:
-        return _link(model_id, folder, destination)
+        return _link(model_id, folder, destination, head)
 
 
-def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> tuple[ModelFacts, FileStates]:
+@dataclass(frozen=True)
+class _Head:
+    """What a model gets that is to become a classifier."""
+
+    classes: tuple[str, ...]
+    seed: int
+
+    def put_on(self, checkpoint: Checkpoint, folder: Path) -> Checkpoint:
+        """Write the head beside the model's files, if it has none; the checkpoint with it."""
+        after = with_head(checkpoint, self.classes)
+        if after is not checkpoint:
+            write_head(folder, checkpoint, after, self.seed)
+        return after
+
+
+def _link(
+    model_id: str, folder: CheckpointFolder, destination: Path, head: _Head | None
+) -> tuple[ModelFacts, FileStates]:
     """Check a folder of safetensors and give links to its files: a copy would cost minutes and as much disk."""
     before = {name: file_state(folder.path / name) for name in folder.files}
     checkpoint = read_checkpoint(folder)
@@ -120,7 +155,9 @@ def _link(model_id: str, folder: CheckpointFolder, destination: Path) -> tuple[M
     if checkpoint.is_sparse:
         _expand(destination)
         check_same({name: before[name] for name in names}, {name: file_state(folder.path / name) for name in names})
-    linked = {name: before[name] for name in names if (destination / name).is_symlink()}
+    if head is not None:
+        facts = facts_of_checkpoint(model_id, None, head.put_on(checkpoint, destination))
+    linked = {path.name: before[path.readlink().name] for path in destination.iterdir() if path.is_symlink()}
     return replace(facts, revision=_content_digest(folder, names)), linked
 
 
@@ -143,7 +180,9 @@ def _convert(model_id: str, folder: CheckpointFolder, name: str, destination: Pa
     return replace(facts, revision=revision)
 
 
-def _fetch_from_hub(name: str, model_id: str, revision: str | None, destination: Path) -> ModelFacts:
+def _fetch_from_hub(
+    name: str, model_id: str, revision: str | None, destination: Path, head: _Head | None
+) -> ModelFacts:
     from workers.sources.hub import open_snapshot
 
     snapshot = open_snapshot(name, revision, token=None, timeout_seconds=HUB_TIMEOUT_SECONDS)
@@ -158,6 +197,8 @@ def _fetch_from_hub(name: str, model_id: str, revision: str | None, destination:
         _check_tokenizer(folder)
     if checkpoint.is_sparse:
         _expand(destination)
+    if head is not None:
+        facts = facts_of_checkpoint(model_id, snapshot.commit, head.put_on(checkpoint, destination))
     return facts
 
 

@@ -57,7 +57,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     texts.tokenizer(skeleton)
     journal = _journal(work, recipe, emit)
     may_wait, told = waiting_bytes(free_bytes(memory_limit_bytes)), _Told(recipe, emit)
-    preparation = Preparation(recipe, texts, journal, may_wait, told.preparing, told.prepared)
+    preparation = Preparation(recipe, texts, journal, may_wait, told.preparing, told.measured, told.prepared)
     skeleton = preparation.run(skeleton)
     if recipe.early_stages:
         _check_stored_size(request, recipe, skeleton)
@@ -105,6 +105,10 @@ class _Told:
         """``fraction`` of an early stage is done."""
         begin, end = self._begins[stage : stage + 2]
         self._say(stage, step, block, num_blocks, begin + (end - begin) * fraction)
+
+    def measured(self, stage: int, metrics: dict[str, Any]) -> None:
+        """Such a stage has measured something on its way."""
+        self._emit({"event": "stage", "index": stage, "status": "running", "metrics": metrics})
 
     def prepared(self, stage: int, metrics: dict[str, Any]) -> None:
         """Such a stage is done."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,8 +18,8 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from workers.recipe_rules import Packing, check_stages, packings_of
-from workers.techniques import TECHNIQUES, LayerOptions, PruningOptions, QuantizationOptions, Stage, StructureOptions
+from workers.recipe_rules import Packing, check_stages, check_training, packings_of
+from workers.techniques import TECHNIQUES, LayerOptions, PruningOptions, QuantizationOptions, Stage, TrainingOptions
 from workers.techniques.options import Statistic
 from workers.techniques.schemes import ActivationGrid, SchemeFacts
 
@@ -75,6 +75,13 @@ BUILTIN_DATASET = "builtin:python-docs"
 Dataset = Annotated[str, AfterValidator(_known_source)] | InlineDataset
 
 
+def _checked_label_field(value: str | None, info: ValidationInfo) -> str | None:
+    dataset = info.data.get("dataset")
+    if value is not None and isinstance(dataset, InlineDataset) and dataset.labels is None:
+        raise ValueError("inline texts have no fields; send `labels` beside them")
+    return value
+
+
 class Calibration(_Part):
     """Text that is run through the model to gather statistics."""
 
@@ -89,7 +96,19 @@ class Training(_Part):
 
     dataset: Dataset
     text_field: Annotated[str, Field(max_length=200)] = "text"
-    label_field: Annotated[str, Field(max_length=200)] | None = None
+    label_field: Annotated[
+        str | None,
+        Field(
+            max_length=200,
+            description="Field of a row that holds its class, where a classifier is trained. Inline texts have "
+            "`labels` beside them instead.",
+        ),
+    ] = None
+
+    @field_validator("label_field")
+    @classmethod
+    def _names_a_field(cls, value: str | None, info: ValidationInfo) -> str | None:
+        return _checked_label_field(value, info)
 
 
 class Evaluation(_Part):
@@ -115,10 +134,7 @@ class Evaluation(_Part):
     @field_validator("label_field")
     @classmethod
     def _names_a_field(cls, value: str | None, info: ValidationInfo) -> str | None:
-        dataset = info.data.get("dataset")
-        if value is not None and isinstance(dataset, InlineDataset) and dataset.labels is None:
-            raise ValueError("inline texts have no fields; send `labels` beside them")
-        return value
+        return _checked_label_field(value, info)
 
 
 class Output(_Part):
@@ -174,12 +190,30 @@ class Recipe(_Part):
     @model_validator(mode="after")
     def _stages_fit(self) -> Recipe:
         check_stages(self.stages, self.output)
+        check_training(self.stages, self.training)
         return self
 
     @property
-    def early_stages(self) -> list[StructureOptions]:
-        """The first stages, each of which leaves a whole model for the next."""
-        return [stage for stage in self.stages if isinstance(stage, StructureOptions)]
+    def early_stages(self) -> Sequence[Stage]:
+        """The first stages, each of which leaves a whole model for the next; the last ones write the artifact."""
+        late = next((i for i, stage in enumerate(self.stages) if isinstance(stage, LayerOptions)), len(self.stages))
+        return self.stages[:late]
+
+    @property
+    def training_stages(self) -> list[TrainingOptions]:
+        """The stages that train."""
+        return [stage for stage in self.stages if isinstance(stage, TrainingOptions)]
+
+    @property
+    def reads_training_text(self) -> bool:
+        """Whether a stage trains on the recipe's training text, and not on what its teacher writes."""
+        return any(getattr(stage, "synthetic", None) is None for stage in self.training_stages)
+
+    @property
+    def num_training_tokens(self) -> int | None:
+        """How many tokens of the training text are read at most; None where that is decided by its length."""
+        wanted = [stage.num_tokens for stage in self.training_stages]
+        return None if None in wanted else max((num for num in wanted if num is not None), default=0)
 
     @property
     def layer_stages(self) -> list[LayerOptions]:

@@ -6,11 +6,20 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
-from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions, Stage, StructureOptions
+from workers.techniques import (
+    LayerOptions,
+    LogitDistillation,
+    MixedPrecision,
+    PruningOptions,
+    QuantizationOptions,
+    Stage,
+    StructureOptions,
+    TrainingOptions,
+)
 from workers.techniques.schemes import PACKED_BITS, SchemeFacts
 
 if TYPE_CHECKING:
-    from workers.recipe import Output
+    from workers.recipe import Output, Training
 
 Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 
@@ -81,11 +90,24 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
 def _check_order(stages: Sequence[Stage]) -> None:
     """Raise RecipeError ``stages_conflict`` where the model's shape changes after single layers were compressed."""
     for index, (earlier, later) in enumerate(pairwise(stages), start=1):
-        if isinstance(later, StructureOptions) and not isinstance(earlier, StructureOptions):
+        if not isinstance(later, LayerOptions) and isinstance(earlier, LayerOptions):
+            what = "changes the model's shape" if isinstance(later, StructureOptions) else "trains all weights"
             raise RecipeError(
                 "stages_conflict",
                 f"stages[{index}].technique",
-                f"{later.technique} changes the model's shape; move it before stages[{index - 1}]",
+                f"{later.technique} {what}; move it before stages[{index - 1}]",
+            )
+
+
+def check_training(stages: Sequence[Stage], training: Training | None) -> None:
+    """Raise RecipeError ``training_missing`` where a stage trains and the recipe names no text for it."""
+    for index, stage in enumerate(stages):
+        if isinstance(stage, TrainingOptions) and training is None and getattr(stage, "synthetic", None) is None:
+            raise RecipeError(
+                "training_missing",
+                "training",
+                f"stages[{index}] trains and needs text; name a dataset"
+                + (", or set synthetic" if isinstance(stage, LogitDistillation) else ""),
             )
 
 

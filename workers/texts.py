@@ -62,6 +62,11 @@ class Texts:
         """The calibration text, a document at a time; nothing where no stage or plan needs it."""
         return read_documents(self._source / "calibration.jsonl") if self._recipe.needs_calibration else iter(())
 
+    @property
+    def training_path(self) -> Path:
+        """The training text, with classes where it has them: JSON Lines."""
+        return self._source / "training.jsonl"
+
     def calibration(self, skeleton: Skeleton) -> list[Tensor]:
         """Samples × tokens for each length of samples; nothing where no stage or plan needs them."""
         tokenizer = self.tokenizer(skeleton)

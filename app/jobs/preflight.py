@@ -13,10 +13,11 @@ from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
 from workers.errors import JobError, UserError
-from workers.recipe import BUILTIN_DATASET, Evaluation, Recipe
+from workers.recipe import BUILTIN_DATASET, Calibration, Evaluation, Recipe
 from workers.shapes import config_after
 from workers.sources.checkpoint import ArtifactFacts
-from workers.sources.datasets import check_dataset
+from workers.sources.classifier_head import class_names, makes_classifier
+from workers.sources.datasets import MAX_CHECKED_LINES, check_dataset
 from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
@@ -24,9 +25,9 @@ from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
 from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.schemes import group_size_fits
+from workers.training_rules import check_training
 
 _OFFERED_SIZES = (32, 64, 96, 128, 192, 256)  # in hints
-_TRAINING_KINDS = frozenset({"training", "distillation"})
 
 
 def check(
@@ -42,6 +43,7 @@ def check(
             submission.model.revision,
             model_roots=settings.model_roots,
             artifact=_artifact_of(submission.model.id, tenant_id, database, storage),
+            classes=_classes_of(submission.recipe, settings),
             timeout_seconds=settings.hub_timeout_seconds,
         )
         check_format(submission.recipe, facts)
@@ -51,6 +53,7 @@ def check(
         check_budget(submission.recipe, facts)
         check_size(submission, facts)
         check_mask_structure(submission.recipe, facts)
+        check_training(submission.recipe, facts.config)
         _check_datasets(submission.recipe, facts, settings)
     except JobError as error:
         raise of_job_error(error) from error
@@ -178,13 +181,11 @@ def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, 
                 "param": "recipe.evaluation.dataset",
             }
         )
-    if submission.recipe.training is not None and not any(
-        stage.kind in _TRAINING_KINDS for stage in submission.recipe.stages
-    ):
+    if submission.recipe.training is not None and not submission.recipe.reads_training_text:
         warnings.append(
             {
                 "code": "training_not_applicable",
-                "message": "No stage of the recipe trains: the training data is not used.",
+                "message": "No stage of the recipe trains on it: the training data is not used.",
                 "param": "recipe.training",
             }
         )
@@ -238,6 +239,19 @@ def _artifact_of(model_id: str, tenant_id: str, database: Database, storage: Sto
     return ArtifactFacts({file.path: file.size_bytes for file in files}, read_file)
 
 
+def _classes_of(recipe: Recipe, settings: Settings) -> tuple[str, ...] | None:
+    """What an encoder is to tell apart that the recipe makes a classifier of; None where it makes none.
+
+    Text of the hub is read when the job runs: two classes stand for what it holds.
+    """
+    training = recipe.training
+    if not makes_classifier(recipe) or training is None:
+        return None
+    if isinstance(training.dataset, str) and training.dataset.startswith("hub:"):
+        return ("0", "1")
+    return class_names(training, settings.model_roots, max_lines=MAX_CHECKED_LINES)
+
+
 def _check_datasets(recipe: Recipe, facts: ModelFacts, settings: Settings) -> None:
     for name in ("calibration", "training", "evaluation"):
         part = getattr(recipe, name)
@@ -247,7 +261,7 @@ def _check_datasets(recipe: Recipe, facts: ModelFacts, settings: Settings) -> No
                 f"recipe.{name}.dataset",
                 settings.model_roots,
                 text_field=part.text_field,
-                labels=labels_of(part, facts.config) if isinstance(part, Evaluation) else None,
+                labels=None if isinstance(part, Calibration) else labels_of(part, facts.config),
                 timeout_seconds=settings.hub_timeout_seconds,
             )
 

@@ -33,7 +33,7 @@ class Checkpoint:
     def __init__(self, folder: Path, *, cast: torch.dtype | None = None) -> None:
         self.folder = folder
         self.tokenizer_folder = folder
-        self._cast = cast
+        self.cast = cast
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._file_of: dict[str, Path] = {}
         self._stored_name: dict[str, str] = {}
@@ -132,11 +132,11 @@ class Checkpoint:
             tensor = self._coded.decode(self._on_disk(module), self._stored_with_prefix(module))
         else:
             tensor = self.stored(name)
-        tensor = self._cut(name, tensor).to(self._cast or torch.float32).to(torch.float32)
+        tensor = self._cut(name, tensor).to(self.cast or torch.float32).to(torch.float32)
         if not _is_finite(tensor):
             raise UserError(
                 "non_finite_weights",
-                f"The tensor {name} holds values that are not finite{'' if self._cast is None else ' after the cast'}.",
+                f"The tensor {name} holds values that are not finite{'' if self.cast is None else ' after the cast'}.",
                 param="model.id",
                 hint="The checkpoint is damaged; fetch or save it again. Of casts, BF16 has the range of float32.",
             )
@@ -156,13 +156,13 @@ class Checkpoint:
         """A parameter in the type of the checkpoint, dequantized where it is stored as codes."""
         if name in self._file_of and not self._is_quantized(name.removesuffix(".weight")):
             tensor = self._cut(name, self.stored(name))
-            return tensor if self._cast is None else tensor.to(self._cast)
+            return tensor if self.cast is None else tensor.to(self.cast)
         return self.parameter(name).to(self.stored_dtype(name))
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The floating-point type of a parameter: of its values, or of its scales where it is stored as codes."""
-        if self._cast is not None:
-            return self._cast
+        if self.cast is not None:
+            return self.cast
         module = name.removesuffix(".weight")
         if self._coded is not None and self._is_quantized(module):
             return self._coded.dtype_of(self.stored(f"{module}.{self._coded.mark}"))

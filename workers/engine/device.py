@@ -131,3 +131,14 @@ def _set_thresholds(large_bytes: int, kept_bytes: int) -> None:
 def _of_glibc(name: str) -> Callable[..., int] | None:
     """A function of glibc's allocator; other systems' give back, or keep, as they think right."""
     return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
+
+
+@contextmanager
+def training_products(precision: str) -> Iterator[None]:
+    """Let forward passes of a training multiply in ``precision``: float32, bfloat16, or `auto` for what is fastest.
+
+    Weights, gradients, norms and sums stay float32.
+    """
+    is_narrow = precision == "bfloat16" or (precision == "auto" and _multiplies_bfloat16())
+    with torch.autocast(compute_device().type, torch.bfloat16, enabled=is_narrow):
+        yield

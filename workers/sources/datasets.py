@@ -16,7 +16,7 @@ from workers.sources.identifiers import parse_hub_name
 from workers.sources.labels import Labels
 
 # A file without text in so many lines is refused for holding none: a request does not wait for more.
-_MAX_CHECKED_LINES = 500_000
+MAX_CHECKED_LINES = 500_000
 _BESIDE = "labels"  # where inline texts have theirs
 _HUB_OPTION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+@-]{0,120}")
 
@@ -52,7 +52,7 @@ def check_dataset(
 
             dataset_commit(parse_hub_dataset(dataset)[0], token=token, timeout_seconds=timeout_seconds)
             return
-        documents = load_documents(dataset, text_field, model_roots, token, labels=labels, max_lines=_MAX_CHECKED_LINES)
+        documents = load_documents(dataset, text_field, model_roots, token, labels=labels, max_lines=MAX_CHECKED_LINES)
         if next(documents, None) is None:
             raise empty_dataset()
         if isinstance(dataset, InlineDataset):

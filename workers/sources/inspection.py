@@ -9,6 +9,7 @@ from workers.errors import UserError
 from workers.sources import facts as facts_of
 from workers.sources.checkpoint import ArtifactFacts, Checkpoint, FileSource, read_checkpoint
 from workers.sources.checkpoint_folder import CheckpointFolder, open_model
+from workers.sources.classifier_head import with_head
 from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import FileId, HubId, parse_model_id, parse_revision
 
@@ -20,11 +21,13 @@ def inspect_model(
     model_roots: Sequence[Path] = (),
     token: str | None = None,
     artifact: ArtifactFacts | None = None,
+    classes: tuple[str, ...] | None = None,
     timeout_seconds: float = 10.0,
 ) -> ModelFacts:
     """The facts of a model, read from ``config.json`` and safetensors headers (or a GGUF header) alone.
 
-    ``artifact`` is needed for a ``job:`` id. The revision is a commit for a hub model; other models get theirs,
+    ``artifact`` is needed for a ``job:`` id. With ``classes`` they are those of the classifier that an encoder becomes
+    once it has a head for them. The revision is a commit for a hub model; other models get theirs,
     a digest of their content, when they are fetched.
 
     Raises UserError, naming ``model.id`` or ``model.revision``, or InfrastructureError ``hub_unreachable``.
@@ -36,12 +39,13 @@ def inspect_model(
             gguf_name = gguf_name or gguf_in(folder)
             if gguf_name is not None:
                 return inspect_gguf(model_id, folder, gguf_name)
-            return facts_of_checkpoint(model_id, None, read_checkpoint(folder))
+            return facts_of_checkpoint(model_id, None, _with_head(read_checkpoint(folder), classes))
     if isinstance(model, HubId):
         from workers.sources.hub import open_snapshot
 
         snapshot = open_snapshot(model.name, revision, token=token, timeout_seconds=timeout_seconds)
-        return facts_of_checkpoint(model_id, snapshot.commit, read_checkpoint(snapshot, num_threads=8))
+        checkpoint = _with_head(read_checkpoint(snapshot, num_threads=8), classes)
+        return facts_of_checkpoint(model_id, snapshot.commit, checkpoint)
     if artifact is None:
         raise UserError(
             "model_not_found",
@@ -49,7 +53,11 @@ def inspect_model(
             param="model.id",
             hint="Name a job of yours that has succeeded.",
         )
-    return facts_of_checkpoint(model_id, None, read_checkpoint(artifact))
+    return facts_of_checkpoint(model_id, None, _with_head(read_checkpoint(artifact), classes))
+
+
+def _with_head(checkpoint: Checkpoint, classes: tuple[str, ...] | None) -> Checkpoint:
+    return checkpoint if classes is None else with_head(checkpoint, classes)
 
 
 def facts_of_checkpoint(model_id: str, revision: str | None, checkpoint: Checkpoint) -> ModelFacts:

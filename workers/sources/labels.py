@@ -8,7 +8,7 @@ from typing import Any
 
 from workers.architectures import num_classes, row_of
 from workers.errors import UserError
-from workers.recipe import Evaluation, InlineDataset
+from workers.recipe import Evaluation, InlineDataset, Training
 
 
 @dataclass(frozen=True)
@@ -39,18 +39,22 @@ class Labels:
         )
 
 
-def labels_of(evaluation: Evaluation, config: Mapping[str, Any]) -> Labels | None:
-    """The labels that the evaluation of a model has; None for a model that is no classifier, and for text without."""
+def labels_of(part: Evaluation | Training, config: Mapping[str, Any]) -> Labels | None:
+    """The labels that a part of the recipe has; None for a model that is no classifier, and for text without."""
     row = row_of(config)
-    if row is None or row.task != "classification" or not has_labels(evaluation):
+    if row is None or row.task != "classification" or not has_labels(part):
         return None
     names = config.get("id2label")
     names = names if isinstance(names, Mapping) else {}
     found = tuple(str(names.get(str(number), f"LABEL_{number}")) for number in range(num_classes(config)))
-    return Labels(None if isinstance(evaluation.dataset, InlineDataset) else evaluation.label_field, found)
+    return Labels(_field_of(part), found)
 
 
-def has_labels(evaluation: Evaluation) -> bool:
-    """Whether the recipe says where the labels of its evaluation text are."""
-    beside = isinstance(evaluation.dataset, InlineDataset) and evaluation.dataset.labels is not None
-    return beside or evaluation.label_field is not None
+def has_labels(part: Evaluation | Training) -> bool:
+    """Whether the recipe says where the labels of a part's text are."""
+    beside = isinstance(part.dataset, InlineDataset) and part.dataset.labels is not None
+    return beside or part.label_field is not None
+
+
+def _field_of(part: Evaluation | Training) -> str | None:
+    return None if isinstance(part.dataset, InlineDataset) else part.label_field

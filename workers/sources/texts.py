@@ -1,17 +1,18 @@
-"""The texts of one job, set apart: what calibration sees, evaluation never does."""
+"""The texts of one job, set apart: what calibration or training sees, evaluation never does."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
 from workers.errors import JobError, UserError
-from workers.recipe import BUILTIN_DATASET, Calibration, Dataset, Evaluation, InlineDataset, Recipe
+from workers.recipe import BUILTIN_DATASET, Calibration, Dataset, Evaluation, InlineDataset, Recipe, Training
 from workers.sources.datasets import (
     Document,
     builtin_sha256,
@@ -39,64 +40,104 @@ def write_texts(
     token: str | None = None,
     *,
     labels: Labels | None = None,
+    training_labels: Labels | None = None,
 ) -> dict[str, dict[str, Any] | None]:
-    """Write ``evaluation.jsonl``, and ``calibration.jsonl`` if a stage needs it; tell what they hold.
+    """Write ``evaluation.jsonl``, and ``calibration.jsonl`` and ``training.jsonl`` if a stage needs them.
 
-    From one source, every third document is evaluation's, whether or not anything is calibrated, so that results
-    compare; of the built-in text always, whatever else is calibrated with. From two, evaluation leaves out the passages
-    that calibration has, whatever file or layout they come in.
-    With ``labels`` each text of evaluation has its class, and is there whole or not at all.
-    Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`.
+    Tell what they hold. Evaluation has nothing that the others see. From one source, every third document is
+    evaluation's, whether or not anything is calibrated, so that results compare; of the built-in text always, whatever
+    else is calibrated with. From two, evaluation leaves out the passages that the other has, whatever file or layout
+    they come in.
+    With ``labels`` each text of evaluation, and with ``training_labels`` each of training, has its class, and is there
+    whole or not at all.
+    Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`, and ``one_class``.
     """
-    calibration, evaluation = recipe.calibration, recipe.evaluation
-    needs_calibration = recipe.needs_calibration
-    calibration_budget = calibration.num_samples * calibration.max_seq_length if needs_calibration else 0
+    calibration, training, evaluation = recipe.calibration, recipe.training, recipe.evaluation
+    budget = calibration.num_samples * calibration.max_seq_length if recipe.needs_calibration else 0
+    reads_training = training is not None and recipe.reads_training_text
     with (
-        _TextFile(folder / "calibration.jsonl", calibration_budget) as calibrating,
+        _TextFile(folder / "calibration.jsonl", budget) as calibrating,
+        _TextFile(folder / "training.jsonl", recipe.num_training_tokens if reads_training else 0) as training_file,
         _TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
     ):
-        sources = _Sources(model_roots, token, labels)
-        if is_one_source(calibration, evaluation) and not evaluation.allow_overlap:
-            with _located("recipe.evaluation.dataset"):
-                divide(sources.documents(evaluation), calibrating.add, evaluating.add)
-        else:
-            used = Passages()
-            if needs_calibration:
-                with _located("recipe.calibration.dataset"):
-                    for document in sources.documents(calibration):
-                        if not evaluation.allow_overlap:
-                            used.add(document.text)
-                        if not calibrating.add(document):
-                            break
+        sources = _Sources(model_roots, token, labels, training_labels)
+        seen: list[_Seen] = [_Seen("calibration", calibration, calibrating, recipe.needs_calibration)]
+        if training is not None and reads_training:
+            seen.append(_Seen("training", training, training_file, is_read=True))
+        shared = [each for each in seen if is_one_source(each.part, evaluation) and not evaluation.allow_overlap]
+        used = Passages()
+        for each in seen:
+            if each in shared or not each.is_read:
+                continue
+            with _located(f"recipe.{each.name}.dataset"):
+                for document in sources.documents(each.part):
+                    if not evaluation.allow_overlap:
+                        used.add(document.text)
+                    if not each.take(document):
+                        break
 
-            def evaluate(document: Document, /, *, num_removed: int) -> bool:
-                left = document if evaluation.allow_overlap else _left_of(document, used)
-                return evaluating.add(left, num_removed=num_removed + len(document.text) - len(left.text))
+        def evaluate(document: Document, /, *, num_removed: int) -> bool:
+            left = document if evaluation.allow_overlap else _left_of(document, used)
+            return evaluating.add(left, num_removed=num_removed + len(document.text) - len(left.text))
 
-            with _located("recipe.evaluation.dataset"):
-                documents = sources.documents(evaluation)
-                if evaluation.dataset == BUILTIN_DATASET and not evaluation.allow_overlap:
-                    divide(documents, _nothing, evaluate)
-                else:
-                    for document in documents:
-                        if not evaluate(document, num_removed=0):
-                            break
-        if needs_calibration and not calibrating.num_documents:
-            raise empty_dataset().at("recipe.calibration.dataset")
+        def share(document: Document, /, *, num_removed: int) -> bool:
+            wanting = [each.take(document, num_removed=num_removed) for each in shared]  # each takes its own
+            return any(wanting)
+
+        with _located("recipe.evaluation.dataset"):
+            documents = sources.documents(evaluation)
+            if shared:
+                divide(documents, share, evaluate)
+            elif evaluation.dataset == BUILTIN_DATASET and not evaluation.allow_overlap:
+                divide(documents, _nothing, evaluate)
+            else:
+                for document in documents:
+                    if not evaluate(document, num_removed=0):
+                        break
+        for each in seen:
+            each.check()
         if not evaluating.num_documents:
             raise UserError(
                 "empty_dataset",
-                "No text is left for evaluation that calibration does not use.",
+                "No text is left for evaluation that calibration or training does not use.",
                 param="recipe.evaluation.dataset",
                 hint="Give evaluation other or more text, or set recipe.evaluation.allow_overlap.",
             )
-        described = {
-            "calibration": {**sources.describe(calibration), **calibrating.describe()} if needs_calibration else None,
-            "evaluation": {**sources.describe(evaluation), **evaluating.describe()},
-        }
-    if not needs_calibration:
-        (folder / "calibration.jsonl").unlink()
+        described: dict[str, dict[str, Any] | None] = {"calibration": None}
+        described |= {each.name: sources.describe(each.part) | each.file.describe() for each in seen if each.is_read}
+        described["evaluation"] = sources.describe(evaluation) | evaluating.describe()
+    for name, is_read in (("calibration", recipe.needs_calibration), ("training", reads_training)):
+        if not is_read:
+            (folder / f"{name}.jsonl").unlink()
     return described
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """A part of the recipe whose text the model sees, so that evaluation must not."""
+
+    name: str
+    part: Calibration | Training
+    file: _TextFile
+    is_read: bool
+
+    def take(self, document: Document, *, num_removed: int = 0) -> bool:
+        """Take a document; False for having enough. A label is for training alone."""
+        text = document if isinstance(self.part, Training) else Document(document.text)
+        return self.file.add(text, num_removed=num_removed)
+
+    def check(self) -> None:
+        """Raise UserError where there is no text, or all of it is of one class."""
+        param = f"recipe.{self.name}.dataset"
+        if self.is_read and not self.file.num_documents:
+            raise empty_dataset().at(param)
+        if self.is_read and len(self.file.labels) == 1:
+            raise UserError(
+                "one_class",
+                f"All {self.file.num_documents} texts have one label: there is nothing to tell apart.",
+                param=param,
+                hint="Give texts of every class.",
+            )
 
 
 class Take(Protocol):
@@ -151,22 +192,24 @@ def _sides(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> It
             elif document is first[-1]:
                 yield document, evaluate, calibrate
             else:
-                yield Document(document.text), calibrate, evaluate
+                yield document, calibrate, evaluate
         return
     for index, document in enumerate(chain(first, documents)):
         if index % _EVALUATION_EVERY == _EVALUATION_EVERY - 1:
             yield document, evaluate, calibrate
         else:
-            yield Document(document.text), calibrate, evaluate
+            yield document, calibrate, evaluate
 
 
 class _TextFile:
-    """A JSON Lines file of texts that wants ``num_tokens`` tokens' worth of them."""
+    """A JSON Lines file of texts that wants ``num_tokens`` tokens' worth of them; None for all there are."""
 
-    def __init__(self, path: Path, num_tokens: int) -> None:
+    def __init__(self, path: Path, num_tokens: int | None) -> None:
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
-        self._wanted_characters = min(num_tokens * _CHARACTERS_A_TOKEN, _MAX_CHARACTERS)
+        wanted = _MAX_CHARACTERS if num_tokens is None else num_tokens * _CHARACTERS_A_TOKEN
+        self._wanted_characters = min(wanted, _MAX_CHARACTERS)
+        self.labels: set[int] = set()
         self._num_characters = 0
         self._num_removed_characters = 0
         self.num_documents = 0
@@ -192,6 +235,7 @@ class _TextFile:
                 self._digest.update(line)
                 self._num_characters += len(text)
                 self.num_documents += 1
+                self.labels |= set() if label is None else {label}
         return self._num_characters < self._wanted_characters
 
     def describe(self) -> dict[str, Any]:
@@ -207,25 +251,32 @@ class _TextFile:
 class _Sources:
     """Opens datasets, each of the hub pinned to the commit that it has now."""
 
-    def __init__(self, model_roots: Sequence[Path], token: str | None, labels: Labels | None) -> None:
+    def __init__(
+        self,
+        model_roots: Sequence[Path],
+        token: str | None,
+        labels: Labels | None,
+        training_labels: Labels | None,
+    ) -> None:
         self._model_roots = model_roots
-        self._labels = labels
+        self._labels: dict[type, Labels | None] = {Evaluation: labels, Training: training_labels}
         self._token = token
         self._commits: dict[str, str] = {}
 
-    def documents(self, part: Calibration | Evaluation) -> Iterator[Document]:
+    def documents(self, part: Calibration | Training | Evaluation) -> Iterator[Document]:
         """The documents of one part of the recipe."""
-        labels = self._labels if isinstance(part, Evaluation) else None
+        labels = self._labels.get(type(part))
         commit = self._commit(part.dataset)
         return load_documents(
             part.dataset, part.text_field, self._model_roots, self._token, labels=labels, commit=commit
         )
 
-    def describe(self, part: Calibration | Evaluation) -> dict[str, Any]:
+    def describe(self, part: Calibration | Training | Evaluation) -> dict[str, Any]:
         """Where the texts came from, exactly enough to have them again."""
         told: dict[str, Any] = {"dataset": describe(part.dataset), "text_field": part.text_field}
-        if isinstance(part, Evaluation) and self._labels is not None and self._labels.field is not None:
-            told["label_field"] = self._labels.field
+        labels = self._labels.get(type(part))
+        if labels is not None and labels.field is not None:
+            told["label_field"] = labels.field
         if part.dataset == BUILTIN_DATASET:
             told["source_sha256"] = builtin_sha256()
         commit = self._commit(part.dataset)
@@ -256,9 +307,9 @@ class _located:  # noqa: N801 - used as a function, in `with`
             located(error, self._param)
 
 
-def is_one_source(calibration: Calibration, evaluation: Evaluation) -> bool:
+def is_one_source(seen: Calibration | Training, evaluation: Evaluation) -> bool:
     """Whether both name one text, which is divided between them then."""
-    return calibration.text_field == evaluation.text_field and _same(calibration.dataset) == _same(evaluation.dataset)
+    return seen.text_field == evaluation.text_field and _same(seen.dataset) == _same(evaluation.dataset)
 
 
 def _same(dataset: Dataset) -> object:

@@ -9,7 +9,9 @@ from pydantic import Field
 from workers.techniques.awq import AWQ
 from workers.techniques.depth_pruning import DepthPruning
 from workers.techniques.dynamic_int8 import DynamicInt8
+from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.gptq import GPTQ
+from workers.techniques.logit_distillation import LogitDistillation
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
 from workers.techniques.options import LayerOptions, StageOptions
@@ -19,6 +21,7 @@ from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.structure_options import StructureOptions
+from workers.techniques.training_options import TrainingOptions
 from workers.techniques.wanda import Wanda
 
 Stage = Annotated[
@@ -31,7 +34,9 @@ Stage = Annotated[
     | Magnitude
     | Wanda
     | SparseGPT
-    | DepthPruning,
+    | DepthPruning
+    | LogitDistillation
+    | FineTuning,
     Field(discriminator="technique"),
 ]
 
@@ -45,7 +50,9 @@ __all__ = [
     "TECHNIQUES",
     "DepthPruning",
     "DynamicInt8",
+    "FineTuning",
     "LayerOptions",
+    "LogitDistillation",
     "Magnitude",
     "MixedPrecision",
     "PruningOptions",
@@ -56,5 +63,6 @@ __all__ = [
     "Stage",
     "StageOptions",
     "StructureOptions",
+    "TrainingOptions",
     "Wanda",
 ]

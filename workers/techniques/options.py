@@ -40,6 +40,11 @@ class StageOptions(BaseModel):
         """What the stage needs from calibration with these options."""
         return self.statistics
 
+    @property
+    def relative_time(self) -> float:
+        """How long a stage before those takes, roughly, where compressing layers and writing the artifact takes 1."""
+        return 0.01
+
 
 class LayerOptions(StageOptions):
     """Options of a stage that compresses linear layers one by one, as the engine's stream comes past them."""

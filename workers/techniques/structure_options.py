@@ -7,8 +7,3 @@ from workers.techniques.options import StageOptions
 
 class StructureOptions(StageOptions):
     """Options of a technique after which the model has fewer parameters, and a config that says so."""
-
-    @property
-    def relative_time(self) -> float:
-        """How long the stage takes, roughly, where compressing the layers and writing the artifact takes 1."""
-        return 0.01

@@ -1,0 +1,237 @@
+"""The loop: batches, gradients, steps, and what is measured and kept on the way."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.engine.device import training_products
+from workers.errors import UserError
+from workers.techniques import TrainingOptions
+from workers.training.model import Whole
+from workers.training.objective import Objective
+from workers.training.samples import Augmented, Batch, Division, Order, Samples, collate
+from workers.training.step_journal import Curve, StepJournal
+
+# At most so much work is lost with a killed process, and what keeping a state takes.
+SECONDS_A_STATE = 30.0
+# Of a micro-batch, where the options do not say how many samples it has.
+TOKENS_A_MICRO_BATCH = 4_096
+_FINAL_RATE = 0.1  # of the highest learning rate, at the end of a cosine
+_MOST_POINTS = 200  # of a loss curve
+_SECONDS_A_PROGRESS = 1.0
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What is read, and how."""
+
+    samples: Samples
+    division: Division
+    order: Order
+    padding: int
+    augmented: Callable[[int], Augmented] | None  # for each step
+
+
+class Loop:
+    """One training of one student."""
+
+    def __init__(
+        self,
+        student: Whole,
+        objective: Objective,
+        corpus: Corpus,
+        stage: TrainingOptions,
+        index: int,
+        seed: int,
+        journal: StepJournal,
+        told: Callable[[Curve, float], None],
+        measured: Callable[[dict[str, Any]], None],
+    ) -> None:
+        """``index`` is the stage's; ``told`` hears of progress, ``measured`` of each point of the curve."""
+        self._student = student
+        self._objective = objective
+        self._corpus = corpus
+        self._stage = stage
+        self._param = f"recipe.stages[{index}]"
+        self._seed = seed * 1_000_003 + index
+        self._journal = journal
+        self._told = told
+        self._measured = measured
+        self.num_steps = stage.steps_for(corpus.division.training.numel())
+        self._interval = max(1, self.num_steps // stage.num_evaluations)
+        self._causal = student.skeleton.architecture.task == "causal"
+        self._parameters = {
+            **student.parameters(),
+            **{f"projections.{name}": each for name, each in objective.projections.named_parameters()},
+        }
+        self._optimizer = _optimizer(self._parameters, stage)
+        self._best: dict[str, Tensor] = {}
+
+    def run(self) -> tuple[Curve, dict[str, Tensor]]:
+        """Train to the end; what was measured, and the weights that were best, or last where nothing stops early.
+
+        Raises:
+            UserError: ``non_finite_loss``; the last state that was finite is kept.
+        """
+        curve = self._begin()
+        kept_at = told_at = time.monotonic()
+        while curve.step < self.num_steps and not self._is_over(curve):
+            begin = time.monotonic()
+            loss = self._step(curve)
+            curve.step += 1
+            curve.seconds += time.monotonic() - begin
+            if curve.step % self._interval == 0 or curve.step == self.num_steps:
+                self._measure(curve, loss)
+            now = time.monotonic()
+            if now - told_at >= _SECONDS_A_PROGRESS:
+                self._told(curve, curve.step / self.num_steps)
+                told_at = now
+            if now - kept_at >= SECONDS_A_STATE:
+                self._journal.write(curve, self._state())
+                kept_at = time.monotonic()
+        return curve, self._best or {name: each.detach() for name, each in self._student.parameters().items()}
+
+    def _begin(self) -> Curve:
+        kept = self._journal.read()
+        if kept is None:
+            curve = Curve()
+            self._measure(curve, None)
+            return curve
+        curve, tensors = kept
+        with torch.no_grad():
+            for name, parameter in self._parameters.items():
+                parameter.copy_(tensors[f"weight.{name}"])
+                self._optimizer.state[parameter] = {
+                    "step": torch.tensor(float(curve.step)),
+                    "exp_avg": tensors[f"mean.{name}"].to(parameter.device),
+                    "exp_avg_sq": tensors[f"square.{name}"].to(parameter.device),
+                }
+        self._best = {name.removeprefix("best."): each for name, each in tensors.items() if name.startswith("best.")}
+        return curve
+
+    def _state(self) -> dict[str, Tensor]:
+        """All that the next step depends on. Chance is drawn anew from the seed for each step, and needs no state."""
+        state: dict[str, Tensor] = {f"best.{name}": tensor for name, tensor in self._best.items()}
+        for name, parameter in self._parameters.items():
+            moments = self._optimizer.state[parameter]
+            state |= {
+                f"weight.{name}": parameter.detach(),
+                f"mean.{name}": moments["exp_avg"],
+                f"square.{name}": moments["exp_avg_sq"],
+            }
+        return state
+
+    def _is_over(self, curve: Curve) -> bool:
+        return self._stage.patience is not None and curve.num_without_progress >= self._stage.patience
+
+    def _step(self, curve: Curve) -> float:
+        """One step of the optimizer; the loss a target before it."""
+        step = curve.step
+        batches = list(self._micro_batches(self._corpus.order.batch(step, self._stage.batch_size), step))
+        num_targets = sum(self._objective.num_targets(batch) for batch in batches)
+        self._optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for number, batch in enumerate(batches):
+            # Dropout: the same however often the process was killed on the way.
+            torch.manual_seed((self._seed * 1_000_003 + step) * 1_009 + number)
+            with training_products(self._stage.precision):
+                loss = self._objective(batch.to(self._student.skeleton.device))
+            (loss.total / num_targets).backward()  # type: ignore[no-untyped-call]
+            total += float(loss.total.detach()) / num_targets
+            curve.num_tokens += int(batch.mask.sum())
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._stage.max_grad_norm)
+        if not (math.isfinite(total) and bool(torch.isfinite(norm))):
+            raise UserError(
+                "non_finite_loss",
+                f"The loss, or its gradient, was not finite in step {step + 1} of {self.num_steps}.",
+                param=f"{self._param}.learning_rate",
+                hint="Lower learning_rate or max_grad_norm, raise warmup_fraction, or set precision to float32.",
+            )
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._rate(step)
+        self._optimizer.step()
+        return total
+
+    def _rate(self, step: int) -> float:
+        """The learning rate of a step, from 0."""
+        stage = self._stage
+        warmup = math.ceil(stage.warmup_fraction * self.num_steps)
+        if step < warmup:
+            return stage.learning_rate * (step + 1) / warmup
+        done = (step - warmup) / max(1, self.num_steps - warmup)
+        if stage.schedule == "cosine":
+            return stage.learning_rate * (_FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2)
+        return stage.learning_rate * (1 - done if stage.schedule == "linear" else 1.0)
+
+    @torch.no_grad()
+    def _measure(self, curve: Curve, loss: float | None) -> None:
+        """Add a point to the curve, and remember the weights if no loss was lower where training may stop early."""
+        total, hard, num_right, num_targets, num_hard = 0.0, 0.0, 0, 0, 0
+        self._student.model.eval()
+        for batch in self._micro_batches(self._corpus.division.held_out.tolist(), None):
+            with training_products(self._stage.precision):
+                found = self._objective(batch.to(self._student.skeleton.device))
+            total += float(found.total)
+            num_targets += found.num_targets
+            if found.hard is not None:
+                hard, num_hard = hard + float(found.hard), num_hard + found.num_targets
+            num_right += 0 if found.num_right is None else int(found.num_right)
+        self._student.model.train()
+        held_out = total / num_targets
+        point: dict[str, float | int | None] = {
+            "step": curve.step,
+            "loss": loss,
+            "held_out_loss": held_out,
+            "held_out_cross_entropy": hard / num_hard if num_hard else None,
+        }
+        if not self._causal and num_hard:
+            point["held_out_accuracy"] = num_right / num_hard
+        curve.points.append(point)
+        if not math.isfinite(held_out):
+            raise UserError(
+                "non_finite_loss",
+                f"The loss on held-out text was not finite after {curve.step} steps.",
+                param=f"{self._param}.learning_rate",
+                hint="Lower learning_rate, or check the model on this text.",
+            )
+        if curve.lowest_held_out is None or held_out < curve.lowest_held_out:
+            curve.lowest_held_out, curve.lowest_step, curve.num_without_progress = held_out, curve.step, 0
+            if self._stage.patience is not None:
+                self._best = {name: each.detach().clone() for name, each in self._student.parameters().items()}
+        else:
+            curve.num_without_progress += 1
+        speed = curve.num_tokens / curve.seconds if curve.seconds else None
+        self._measured({**point, "num_steps": self.num_steps, "tokens_per_second": speed})
+
+    def _micro_batches(self, numbers: Sequence[int], step: int | None) -> Iterator[Batch]:
+        """The samples of a step, or of no step, in pieces; of like length together, so that little is padded."""
+        corpus = self._corpus
+        changed = None if corpus.augmented is None or step is None else corpus.augmented(step)
+        ordered = sorted(numbers, key=lambda number: (corpus.samples.length(number), number))
+        size = self._stage.micro_batch_size or max(1, TOKENS_A_MICRO_BATCH // self._stage.max_seq_length)
+        for begin in range(0, len(ordered), size):
+            some = ordered[begin : begin + size]
+            yield collate(corpus.samples, some, corpus.padding, changed, causal=self._causal)
+
+
+def thinned(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """At most so many points of a curve as a report should hold, the first and the last among them."""
+    every = max(1, math.ceil(len(points) / _MOST_POINTS))
+    return [dict(each) for index, each in enumerate(points) if index % every == 0 or index == len(points) - 1]
+
+
+def _optimizer(parameters: Mapping[str, torch.nn.Parameter], stage: TrainingOptions) -> torch.optim.AdamW:
+    """AdamW, arXiv:1711.05101; norms and biases do not decay."""
+    decaying = [each for each in parameters.values() if each.dim() > 1]
+    others = [each for each in parameters.values() if each.dim() <= 1]
+    groups = [{"params": decaying, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]], lr=stage.learning_rate, betas=(0.9, 0.95), fused=True
+    )

@@ -1,0 +1,98 @@
+"""What is minimised: cross entropy with the text, divergence from the teacher, and distance of hidden states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# Rows of logits that are there at a time: a vocabulary may be a hundred times as wide as what it is made from.
+ROWS_AT_A_TIME = 512
+
+# From logits (rows × tokens of the vocabulary) and the numbers of their rows to the sum of their losses.
+LossOfRows = Callable[[Tensor, slice], Tensor]
+
+
+class _LossOfHeads(torch.autograd.Function):
+    """The loss of a wide head, some rows at a time: gradients are taken where the logits are, which then go."""
+
+    @staticmethod
+    def forward(
+        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, loss_of: LossOfRows
+    ) -> Tensor:
+        total = torch.zeros((), device=hidden.device)
+        needs = context.needs_input_grad[:3]
+        of_hidden = torch.zeros_like(hidden)
+        of_weight = torch.zeros_like(weight) if needs[1] else None
+        of_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
+        for begin in range(0, hidden.shape[0], ROWS_AT_A_TIME):
+            rows = slice(begin, min(begin + ROWS_AT_A_TIME, hidden.shape[0]))
+            with torch.enable_grad():
+                inputs = [
+                    None if each is None else each.detach().requires_grad_() for each in (hidden[rows], weight, bias)
+                ]
+                loss = loss_of(logits_of(inputs[0], inputs[1], inputs[2], cap), rows)  # type: ignore[arg-type]
+            total += loss.detach()
+            if not any(needs):
+                continue
+            wanted = [each for each, is_needed in zip(inputs, needs, strict=True) if is_needed and each is not None]
+            found = iter(torch.autograd.grad(loss, wanted))
+            if needs[0]:
+                of_hidden[rows] = next(found)
+            if of_weight is not None:
+                of_weight += next(found)
+            if of_bias is not None:
+                of_bias += next(found)
+        context.save_for_backward(of_hidden, of_weight, of_bias)
+        return total
+
+    @staticmethod
+    def backward(context: Any, *of_output: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if each is None else each * of_output[0] for each in context.saved_tensors]
+        needed = context.needs_input_grad
+        return (*(each if needed[index] else None for index, each in enumerate(scaled)), None, None)
+
+
+def loss_of_head(hidden: Tensor, head: nn.Module, cap: float | None, loss_of: LossOfRows) -> Tensor:
+    """The sum of ``loss_of`` over the rows of ``hidden`` (rows × hidden size), as the linear ``head`` reads them."""
+    weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
+    total: Tensor = _LossOfHeads.apply(hidden, weight, bias, cap, loss_of)  # type: ignore[no-untyped-call]
+    return total
+
+
+def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
+    """What a head makes of hidden states, in float32; ``cap`` is where some models bend their logits."""
+    logits = nn.functional.linear(hidden, weight, bias).float()
+    return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:
+    """KL(teacher ‖ student) at ``temperature``, times its square (arXiv:1503.02531): the sum over rows, nats."""
+    log_student = (logits / temperature).log_softmax(dim=-1)
+    log_teacher = (teacher_logits.float() / temperature).log_softmax(dim=-1)
+    sums = nn.functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return sums * temperature**2
+
+
+def divergence_of_top(logits: Tensor, values: Tensor, tokens: Tensor, log_total: Tensor, temperature: float) -> Tensor:
+    """The same from the teacher's largest logits: all other tokens are taken together, as one outcome.
+
+    ``values`` and ``tokens`` are rows × k, ``log_total`` the logarithm, at ``temperature``, of what all tokens sum to.
+    """
+    log_student = (logits / temperature).log_softmax(dim=-1).gather(-1, tokens)
+    log_teacher = values.float() / temperature - log_total.unsqueeze(-1)
+    of_rest = [torch.log1p(-each.exp().sum(dim=-1).clamp(max=1 - 1e-6)) for each in (log_student, log_teacher)]
+    log_student, log_teacher = (
+        torch.cat([each, rest.unsqueeze(-1)], dim=-1)
+        for each, rest in zip((log_student, log_teacher), of_rest, strict=True)
+    )
+    sums = nn.functional.kl_div(log_student, log_teacher, reduction="sum", log_target=True)
+    return sums * temperature**2
+
+
+def distance(states: Tensor, teacher_states: Tensor) -> Tensor:
+    """Mean square of the difference of hidden states (rows × hidden size), where the teacher's are 1 on average."""
+    scale = teacher_states.float().square().mean().clamp(min=1e-12)
+    return (states.float() - teacher_states.float()).square().mean() / scale

@@ -1,0 +1,115 @@
+"""A model whose weights are all in memory, to be trained, and the checkpoint that it becomes."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from workers.disk import flush, write_json
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.journal import part_name
+from workers.engine.outer import PART
+from workers.engine.skeleton import Skeleton
+from workers.export import copy_companions, plain_config
+from workers.formats.parts import Parts
+
+
+@dataclass
+class Whole:
+    """A model of transformers with all its weights, in float32, and what a training needs to know of it."""
+
+    model: Any
+    skeleton: Skeleton
+    states: dict[int, Tensor] = field(default_factory=dict)  # by block: what it gave in the last pass, if asked for
+
+    @property
+    def head(self) -> nn.Module:
+        """What gives the logits."""
+        return self.skeleton.module(self.skeleton.architecture.head)
+
+    @property
+    def logit_cap(self) -> float | None:
+        """Where the model bends its logits; None where it does not."""
+        cap = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
+    def hidden(self, ids: Tensor) -> Tensor:
+        """What the head of a language model reads: sequences × tokens × hidden size."""
+        hidden: Tensor = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+        return hidden
+
+    def class_logits(self, ids: Tensor, mask: Tensor) -> Tensor:
+        """Of a classifier: sequences × classes, float32."""
+        logits: Tensor = self.model(input_ids=ids, attention_mask=mask).logits
+        return logits.float()
+
+    def keep_states(self, blocks: Sequence[int]) -> None:
+        """From now on, have ``states`` hold what these blocks gave in the last pass."""
+        for index in blocks:
+            block = self.skeleton.module(self.skeleton.block_name(index))
+            block.register_forward_hook(self._keeper(index))
+
+    def _keeper(self, index: int) -> Any:
+        def keep(_module: nn.Module, _arguments: Any, output: Any) -> None:
+            self.states[index] = output if isinstance(output, Tensor) else output[0]
+
+        return keep
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By name, tied ones once."""
+        return dict(self.model.named_parameters())
+
+
+def open_whole(skeleton: Skeleton, *, trains: bool) -> Whole:
+    """Load every weight of the model of ``skeleton``, which is taken up by it from now on.
+
+    Raises:
+        UserError: ``checkpoint_mismatch`` or ``non_finite_weights``.
+    """
+    architecture = skeleton.architecture
+    blocks = map(skeleton.block_name, range(skeleton.num_blocks))
+    for name in (*skeleton.present(architecture.before_blocks), *blocks, *skeleton.present(architecture.after_blocks)):
+        skeleton.load(name)
+    skeleton.load_head()
+    for head, source in architecture.tied_parameters(skeleton.checkpoint.config).items():
+        module, _, name = head.rpartition(".")
+        setattr(skeleton.module(module), name, skeleton.model.get_parameter(source))
+    model = skeleton.model
+    missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    assert not missing, f"the table names no part that holds {missing[0]}"
+    model.requires_grad_(trains)
+    model.train(trains)
+    return Whole(model, skeleton)
+
+
+def write_checkpoint(whole: Whole, values: Mapping[str, Tensor], folder: Path) -> None:
+    """Write a checkpoint of these parameters, each in the type that it was stored in; complete or absent."""
+    skeleton, checkpoint = whole.skeleton, whole.skeleton.checkpoint
+    temporary = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    parts = Parts(temporary / "parts")
+    tied = skeleton.architecture.tied_parameters(checkpoint.config)
+    names = [name for name in checkpoint.parameters() if name not in tied]
+    prefixes = {part_name(index): skeleton.block_name(index) + "." for index in range(skeleton.num_blocks)}
+    of_blocks = {part: [name for name in names if name.startswith(prefix)] for part, prefix in prefixes.items()}
+    inside = {name for of_block in of_blocks.values() for name in of_block}
+    for part, chosen in {PART: [name for name in names if name not in inside], **of_blocks}.items():
+        parts.write(part, {name: values[name].to(checkpoint.stored_dtype(name)) for name in chosen})
+    parts.assemble(temporary)
+    shutil.rmtree(parts.folder)
+    write_json(temporary / "config.json", plain_config(checkpoint))
+    copy_companions(checkpoint, temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+    flush(folder.parent)
+
+
+def opened_again(folder: Path, before: Skeleton) -> Skeleton:
+    """The model of a checkpoint that :func:`write_checkpoint` wrote in place of ``before``."""
+    checkpoint = Checkpoint(folder, cast=before.checkpoint.cast)
+    return Skeleton(checkpoint, before.architecture, before.device)

@@ -1,0 +1,56 @@
+"""Whether a model can be trained as the stages of a recipe want: from its config alone, so that both sides ask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from workers.architectures import architecture_of
+from workers.errors import UserError
+from workers.recipe import Recipe
+from workers.sources.labels import has_labels
+from workers.techniques import FineTuning, LogitDistillation, TrainingOptions
+
+
+def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
+    """Refuse a recipe that trains what the model, of this ``config``, cannot learn from its text.
+
+    Raises UserError ``unsupported_task`` or ``label_field_missing``.
+    """
+    if not recipe.training_stages:
+        return
+    task = architecture_of(config).task
+    for index, stage in enumerate(recipe.stages):
+        if not isinstance(stage, TrainingOptions):
+            continue
+        param = f"recipe.stages[{index}]"
+        if task == "masked":
+            raise UserError(
+                "unsupported_task",
+                "Models with a masked-LM head are not trained.",
+                param=f"{param}.technique",
+                hint="Begin with fine_tuning and task classification, which gives the model a head for that.",
+            )
+        if isinstance(stage, FineTuning) and stage.task not in (None, task):
+            raise UserError(
+                "unsupported_task",
+                f"The model is one for {task} and would have to become one for {stage.task}.",
+                param=f"{param}.task",
+                hint="Leave task out; only the first stage, of an encoder, can make a classifier.",
+            )
+        if isinstance(stage, LogitDistillation) and stage.synthetic is not None and task != "causal":
+            raise UserError(
+                "unsupported_task",
+                "The model is no causal language model and writes no text.",
+                param=f"{param}.synthetic",
+                hint="Leave synthetic out and name a dataset in recipe.training.",
+            )
+        needs_labels = task == "classification" and not (isinstance(stage, LogitDistillation) and stage.alpha == 0)
+        if needs_labels and recipe.training is not None and not has_labels(recipe.training):
+            raise UserError(
+                "label_field_missing",
+                "The model is a classifier, and the training text says no classes.",
+                param="recipe.training.label_field",
+                hint="Name the field of a row that holds its class, or send labels beside inline texts; or distil with "
+                "alpha 0, which has no hard targets.",
+            )
