@@ -7,13 +7,11 @@ follows has a classifier before it, whose accuracy is that of guessing.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from safetensors.numpy import save_file
 
 from workers.architectures import ARCHITECTURES, Architecture, row_of
 from workers.disk import write_json
@@ -114,7 +112,7 @@ def with_head(checkpoint: Checkpoint, names: tuple[str, ...]) -> Checkpoint:
     }
     stored = {row.canonical(name) for name in checkpoint.tensors}
     added = {
-        name: TensorInfo("F32", shape, 4 * int(np.prod(shape)))
+        name: TensorInfo("F32", shape, 4 * math.prod(shape))
         for name, shape in _shapes(row, config, len(names)).items()
         if name not in stored
     }
@@ -123,6 +121,9 @@ def with_head(checkpoint: Checkpoint, names: tuple[str, ...]) -> Checkpoint:
 
 def write_head(folder: Path, before: Checkpoint, after: Checkpoint, seed: int) -> None:
     """Write, into a folder of the model's files, the tensors and config that :func:`with_head` added."""
+    import numpy as np
+    from safetensors.numpy import save_file
+
     added = {name: tensor for name, tensor in after.tensors.items() if name not in before.tensors}
     spread = float(after.config.get("initializer_range", 0.02))
     generator = np.random.default_rng(seed)
