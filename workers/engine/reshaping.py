@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.depth import leave_out_blocks
 from workers.engine.shaping import Shaping
@@ -29,6 +30,6 @@ def reshape(shaping: Shaping, stage: StructureOptions) -> tuple[Skeleton, dict[s
     """
     before = shaping.skeleton
     checkpoint, metrics = _CHANGES[type(stage)](shaping, stage)
-    after = Skeleton(checkpoint, before.architecture, before.device)
+    after = Skeleton(checkpoint, architecture_of(checkpoint.config), before.device)
     counts = {"num_parameters": after.num_parameters, "original_num_parameters": before.num_parameters}
     return after, counts | metrics
