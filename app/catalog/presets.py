@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from workers.recipe import Recipe
+from workers.recipe import BUILTIN_DATASET, Recipe
 
 
 @dataclass(frozen=True)
@@ -14,11 +14,14 @@ class Preset:
 
     name: str
     description: str
-    recipe: Recipe
+    recipe: dict[str, Any]  # as JSON has it; training null where the user has to name text
 
 
-def _recipe(*stages: dict[str, Any]) -> Recipe:
-    return Recipe.model_validate({"stages": list(stages)})
+def _recipe(*stages: dict[str, Any]) -> dict[str, Any]:
+    """The stages as a recipe that is spelled out."""
+    # Any text will do to check the rest: which one it is to be, the user says.
+    told = {"stages": list(stages), "training": {"dataset": BUILTIN_DATASET}}
+    return {**Recipe.model_validate(told).model_dump(mode="json"), "training": None}
 
 
 PRESETS: dict[str, Preset] = {
@@ -53,6 +56,28 @@ PRESETS: dict[str, Preset] = {
             "sparse50",
             "Half of the linear layers' weights become zero, by SparseGPT; takes minutes. The bytes on disk stay.",
             _recipe({"technique": "sparsegpt", "sparsity": 0.5}),
+        ),
+        Preset(
+            "classifier-7x",
+            "For a trained encoder of six blocks or more: a third of them left out, taught again by the original on "
+            'labelled text of yours, then 4 bits, embeddings too. Send {"preset": "classifier-7x", "training": …}.',
+            _recipe(
+                {"technique": "depth_pruning", "fraction": 0.34},
+                {
+                    "technique": "logit_distillation",
+                    "num_epochs": 5,
+                    "max_seq_length": 128,
+                    "learning_rate": 1e-4,
+                    "alpha": 0.5,
+                },
+                {
+                    "technique": "round_to_nearest",
+                    "scheme": "W4A16",
+                    "group_size": 128,
+                    "clip_search": True,
+                    "embeddings": True,
+                },
+            ),
         ),
     )
 }

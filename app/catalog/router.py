@@ -70,13 +70,16 @@ def list_techniques(_principal: CurrentPrincipal) -> TechniqueList:
 
 @router.get("/recipes", summary="Preset recipes")
 def list_recipes(_principal: CurrentPrincipal) -> PresetList:
-    """The presets, each with its recipe spelled out; send the name, or the recipe with changes."""
+    """The presets, each with its recipe spelled out.
+
+    Send the name; or the name as `preset` in a recipe object, beside what is to be other; or the recipe with changes.
+    """
     views = [
         PresetView(
             object="recipe",
             name=preset.name,
             description=preset.description,
-            recipe=preset.recipe.model_dump(mode="json"),
+            recipe=preset.recipe,
         )
         for preset in PRESETS.values()
     ]

@@ -9,7 +9,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pydantic_core import PydanticCustomError
 
 from app.catalog.presets import PRESETS
-from workers.recipe import Recipe, at_most
+from workers.recipe import Calibration, Evaluation, Output, Recipe, Training, at_most
 
 _MAX_PARAM_CHARACTERS = 1000
 _MAX_FIELDS = 1000  # of one object; no object of a submission has nearly as many
@@ -90,22 +90,43 @@ class Constraints(_Sent):
 
 
 def _preset(value: object) -> object:
-    if not isinstance(value, str):
+    """The recipe that a name stands for, or an object with a name for ``preset`` and what is other there."""
+    changes: dict[str, Any] = {}
+    name = value
+    if isinstance(value, dict) and "preset" in value:
+        changes = dict(value)
+        name = changes.pop("preset")
+    elif not isinstance(value, str):
         return value
-    if value not in PRESETS:
+    if not isinstance(name, str) or name not in PRESETS:
         raise PydanticCustomError(
             "unknown_preset",
             "There is no preset '{name}'",
-            {"name": value[:100], "hint": "One of: " + ", ".join(PRESETS) + ". Or send a recipe as an object."},
+            {"name": str(name)[:100], "hint": "One of: " + ", ".join(PRESETS) + ". Or send a recipe as an object."},
         )
-    return PRESETS[value].recipe
+    # Another choice of stages may need another format.
+    base = {key: part for key, part in PRESETS[name].recipe.items() if key != "output" or "stages" not in changes}
+    return {**base, **changes}
+
+
+class _ChangedPreset(_Sent):
+    """A preset with parts of its recipe replaced."""
+
+    preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]
+    calibration: Calibration | None = None
+    training: Training | None = None
+    evaluation: Evaluation | None = None
+    output: Output | None = None
+    seed: int | None = None
 
 
 _RecipeOrPreset = Annotated[
     Recipe,
     BeforeValidator(
         _preset,
-        json_schema_input_type=Recipe | Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})],
+        json_schema_input_type=Recipe
+        | _ChangedPreset
+        | Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})],
     ),
 ]
 _MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -118,7 +139,7 @@ class JobSubmission(_Sent):
     model_config = ConfigDict(json_schema_extra={"examples": [SUBMISSION_EXAMPLE]})
 
     model: ModelSource
-    recipe: Annotated[_RecipeOrPreset, Field(description="A recipe, or the name of a preset.")]
+    recipe: Annotated[_RecipeOrPreset, Field(description="A recipe, the name of a preset, or a preset with changes.")]
     constraints: Constraints = Constraints()
     queue: Annotated[
         str | None, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,63}$", description="Null for the service's default.")
