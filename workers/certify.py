@@ -27,7 +27,7 @@ from workers.model_card import model_card
 from workers.recipe import Recipe
 from workers.report import check_constraints, outcome_of, quality_part, report_of, speed_part
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import MixedPrecision, PruningOptions, QuantizationOptions, TrainingOptions
+from workers.techniques import Iterate, MixedPrecision, PruningOptions, QuantizationOptions, TrainingOptions
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -175,7 +175,9 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     """Bytes before and after. A result has to be smaller, unless its weights prove what was done to them."""
     artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
     has_few_values = recipe.quantization is not None and not recipe.stores_codes and recipe.cast is None
-    is_pruned = any(isinstance(stage, PruningOptions) for stage in recipe.stages)
+    # What contains a stage is what it contains.
+    contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in recipe.stages]
+    is_pruned = any(isinstance(stage, PruningOptions) for stage in contained)
     # Training alone makes a model better, not smaller.
     is_proven = has_few_values or is_pruned or all(isinstance(stage, TrainingOptions) for stage in recipe.stages)
     if artifact_bytes >= original_bytes and recipe.stores_bitmasks:
@@ -234,7 +236,9 @@ def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
 def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
     for stage, report in zip(recipe.stages, stages, strict=True):
-        if isinstance(stage, PruningOptions):
+        if isinstance(stage, Iterate) and isinstance(stage.pruning, PruningOptions):
+            report["metrics"] |= _prove_zeros(model, stage.pruning, report["layers"])
+        elif isinstance(stage, PruningOptions):
             report["metrics"] |= _prove_zeros(model, stage, report["layers"])
         elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
             report["metrics"] |= _prove_grid(model, stage, report["layers"])

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from workers.disk import write_json
-from workers.engine.change import check_changed
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
@@ -35,7 +34,6 @@ def export(
 ) -> None:
     """Write the artifact's weights, config, tokenizer and resolved recipe."""
     checkpoint = skeleton.checkpoint
-    check_changed(recipe, streamed, checkpoint, parts)
     folder.mkdir()
     if recipe.stores_bitmasks:
         parts.assemble(folder, sparse_bitmask.STEM)

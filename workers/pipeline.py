@@ -14,10 +14,10 @@ from safetensors.torch import save_file
 
 from workers.architectures import architecture_of
 from workers.disk import write_json
+from workers.engine.change import check_changed
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device, return_freed_memory
 from workers.engine.journal import Journal
-from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
 from workers.engine.stored_size import StoredSize
 from workers.engine.stream import Stream
@@ -27,7 +27,8 @@ from workers.memory import free_bytes, waiting_bytes
 from workers.preparation import Preparation
 from workers.recipe import Recipe
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import LayerOptions, MixedPrecision
+from workers.stage_report import stage_report
+from workers.techniques import LayerOptions
 from workers.texts import Texts
 
 Emit = Callable[[dict[str, Any]], None]
@@ -66,16 +67,20 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     num_early = len(recipe.early_stages)
     for index in range(max(1, num_early), len(recipe.stages)):
         emit({"event": "stage", "index": index, "status": "running", "metrics": {}})
-    streamed = Stream(skeleton, recipe, journal, told.streaming, may_wait).run(calibration, probe)
+    late = recipe.late
+    streamed = Stream(skeleton, late, journal, told.streaming, may_wait, keeps_zeros=preparation.keeps_zeros).run(
+        calibration, probe
+    )
     emit({"event": "progress", "fraction": COMPUTED, "stage": len(recipe.stages) - 1, "step": "export"})
     check_unchanged(work / "source")
+    check_changed(late, streamed, skeleton.checkpoint, journal.parts)
     export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
-    late = [_stage_report(recipe, index, streamed, skeleton) for index in range(num_early, len(recipe.stages))]
+    reports = [stage_report(late, index, streamed, skeleton) for index in range(len(late.stages))]
     write_json(
         work / "compressed.json",
         {
-            "stages": [*preparation.reports, *late],
+            "stages": [*preparation.reports, *reports],
             "num_parameters": skeleton.num_parameters,
             "num_blocks": skeleton.num_blocks,
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
@@ -88,7 +93,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
             ),
         },
     )
-    for index, stage in enumerate(late, num_early):
+    for index, stage in enumerate(reports, num_early):
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
 
 
@@ -195,22 +200,3 @@ def _journal(work: Path, recipe: Recipe, emit: Emit) -> Journal:
         )
         emit({"event": "warning", "code": "fingerprint_changed", "message": message[:2000], "param": None})
     return journal
-
-
-def _stage_report(recipe: Recipe, index: int, streamed: Streamed, skeleton: Skeleton) -> dict[str, Any]:
-    """What the report says of a stage: totals for people, each layer for who looks closer."""
-    layers, fallbacks = streamed.metrics(index), streamed.fallbacks(index)
-    errors = [layer["relative_error"] for layer in layers.values() if "relative_error" in layer]
-    metrics: dict[str, Any] = {"num_layers": len(layers), "num_fallbacks": len(fallbacks)}
-    if errors:
-        metrics["mean_relative_error"] = sum(errors) / len(errors)
-    if isinstance(stage := recipe.stages[index], MixedPrecision):
-        num_weights = {name: skeleton.num_weights(name) for name in layers}
-        bits = sum(layers[name]["num_bits"] * count for name, count in num_weights.items())
-        metrics["average_bits"] = bits / sum(num_weights.values())
-    return {
-        "technique": stage.technique,
-        "metrics": metrics,
-        "fallbacks": fallbacks,
-        "layers": layers,
-    }

@@ -1,25 +1,33 @@
 """The early stages of a recipe, each of which leaves a model for the next: another shape, or other weights.
 
-What is left for the engine's stream are the last stages, which compress layers while the artifact is written.
+What is left for the engine's last pass are the stages that compress layers while the artifact is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import groupby
 from typing import Any
 
+from workers.disk import write_json
+from workers.engine.change import check_changed
 from workers.engine.journal import Journal
 from workers.engine.reshaping import reshape
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
-from workers.recipe import Recipe
-from workers.techniques import StructureOptions, TrainingOptions
+from workers.engine.stream import Stream
+from workers.export import copy_companions, plain_config
+from workers.recipe import Output, Recipe
+from workers.stage_report import stage_report
+from workers.techniques import Iterate, LayerOptions, PruningOptions, StageOptions, StructureOptions, TrainingOptions
 from workers.texts import Texts
-from workers.training.model import opened_again
-from workers.training.stage import TrainingStage, checkpoint_of
+from workers.training.model import CHECKPOINT, opened_again
+from workers.training.stage import TrainingStage
 
 Progress = Callable[[int, str, int, int, float], None]  # stage, step, block, num_blocks, fraction of the stage
+Report = dict[str, Any]
 
 
 class Preparation:
@@ -39,7 +47,7 @@ class Preparation:
 
         ``measured`` hears of what a stage that trains measures on its way, ``finished`` of each stage with its metrics.
         """
-        self.reports: list[dict[str, Any]] = []
+        self.reports: list[Report] = []
         self._recipe = recipe
         self._texts = texts
         self._journal = journal
@@ -47,6 +55,7 @@ class Preparation:
         self._progress = progress
         self._measured = measured
         self._finished = finished
+        self.keeps_zeros = False  # whether weights that are zero were pruned, and have to stay so
 
     def run(self, skeleton: Skeleton) -> Skeleton:
         """The model as the early stages leave it.
@@ -55,22 +64,39 @@ class Preparation:
             UserError: the model cannot become what a stage asks for.
         """
         teacher = skeleton
-        for index, stage in enumerate(self._recipe.early_stages):
-            journal = self._journal.inner(stage_name(index))
-            if isinstance(stage, StructureOptions):
-                skeleton, metrics = reshape(self._shaping(skeleton, index, journal), stage)
-            else:
-                assert isinstance(stage, TrainingOptions)
-                is_whole = skeleton is teacher
-                skeleton, metrics = self._train(skeleton, teacher, stage, index, journal)
-                # What learned its task before anything was taken from it is what the student learns from.
-                teacher = skeleton if is_whole else teacher
-            self.reports.append({"technique": stage.technique, "metrics": metrics, "fallbacks": [], "layers": {}})
-            self._finished(index, metrics)
+        for first, stages in _runs(self._recipe.early_stages):
+            journal = self._journal.inner(stage_name(first))
+            is_whole = skeleton is teacher
+            skeleton, reports = self._change(skeleton, teacher, stages, first, journal)
+            # What learned its task before anything was taken from it is what a student learns from.
+            if is_whole and isinstance(stages[0], TrainingOptions):
+                teacher = skeleton
+            for index, report in enumerate(reports, first):
+                self.reports.append(report)
+                self._finished(index, report["metrics"])
         return skeleton
 
-    def _shaping(self, skeleton: Skeleton, index: int, journal: Journal) -> Shaping:
-        return Shaping(skeleton, index, self._texts, journal, self._waiting_bytes, partial(self._progress, index))
+    def _change(
+        self, skeleton: Skeleton, teacher: Skeleton, stages: Sequence[StageOptions], index: int, journal: Journal
+    ) -> tuple[Skeleton, list[Report]]:
+        """The model after one run of stages, the first of which is ``index`` in its recipe, and their reports."""
+        stage = stages[0]
+        if isinstance(stage, LayerOptions):
+            skeleton, reports = self._compress_layers(skeleton, stages, index, journal)
+            self.keeps_zeros |= any(isinstance(each, PruningOptions) for each in stages)
+            return skeleton, reports
+        if isinstance(stage, Iterate):
+            skeleton, report = self._iterate(skeleton, teacher, stage, index, journal)
+            return skeleton, [report]
+        if isinstance(stage, StructureOptions):
+            shaping = Shaping(
+                skeleton, index, self._texts, journal, self._waiting_bytes, partial(self._progress, index)
+            )
+            skeleton, metrics = reshape(shaping, stage)
+        else:
+            assert isinstance(stage, TrainingOptions)
+            skeleton, metrics = self._train(skeleton, teacher, stage, index, journal)
+        return skeleton, [_report(stage, metrics)]
 
     def _train(
         self, skeleton: Skeleton, teacher: Skeleton, stage: TrainingOptions, index: int, journal: Journal
@@ -85,9 +111,83 @@ class Preparation:
             journal,
             partial(self._progress, index),
             partial(self._measured, index),
+            keeps_zeros=self.keeps_zeros,
         )
         metrics = training.run()
-        return opened_again(checkpoint_of(journal), skeleton), metrics
+        return opened_again(journal.folder / CHECKPOINT, skeleton), metrics
+
+    def _compress_layers(
+        self, skeleton: Skeleton, stages: Sequence[StageOptions], index: int, journal: Journal
+    ) -> tuple[Skeleton, list[Report]]:
+        """Run stages over all layers as the artifact's last ones are, and leave a checkpoint."""
+        recipe = self._recipe.with_stages(stages, index)
+        recipe = recipe.model_copy(update={"output": Output(format="safetensors")})
+        last = index + len(stages) - 1
+
+        def compressed() -> list[Report]:
+            def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
+                self._progress(last, step, block, num_blocks, fraction)
+
+            calibration, probe = self._texts.calibration(skeleton), self._texts.probe(skeleton)
+            stream = Stream(skeleton, recipe, journal, progress, self._waiting_bytes, keeps_zeros=self.keeps_zeros)
+            streamed = stream.run(calibration, probe)
+            check_changed(recipe, streamed, skeleton.checkpoint, journal.parts)
+            folder = journal.folder / CHECKPOINT
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            journal.parts.assemble(folder)
+            write_json(folder / "config.json", plain_config(skeleton.checkpoint))
+            copy_companions(skeleton.checkpoint, folder)
+            return [stage_report(recipe, number, streamed, skeleton) for number in range(len(stages))]
+
+        reports: list[Report] = journal.once("compressed", compressed)
+        shutil.rmtree(journal.parts.folder, ignore_errors=True)
+        return opened_again(journal.folder / CHECKPOINT, skeleton), reports
+
+    def _iterate(
+        self, skeleton: Skeleton, teacher: Skeleton, stage: Iterate, index: int, journal: Journal
+    ) -> tuple[Skeleton, Report]:
+        """Run the rounds; a round's models are removed when the next one has its own."""
+        rounds: list[list[Report]] = []
+        own_progress = self._progress
+        parts = [part for number in range(len(stage.fractions)) for part in _inner_runs(stage, number)]
+        last: Report = _report(stage, {})
+        for done, (number, name, inner) in enumerate(parts):
+
+            def progress(_: int, step: str, block: int, num_blocks: int, fraction: float, done: int = done) -> None:
+                own_progress(index, step, block, num_blocks, (done + fraction) / len(parts))
+
+            self._progress = progress
+            skeleton, reports = self._change(skeleton, teacher, inner, index, journal.inner(name))
+            if number == len(rounds):
+                rounds.append([])
+            rounds[-1] += reports
+            if reports[-1]["layers"]:
+                last = reports[-1]
+        self._progress = own_progress
+        told = [
+            {"fraction": fraction, "stages": [{"technique": each["technique"], **each["metrics"]} for each in reports]}
+            for fraction, reports in zip(stage.fractions, rounds, strict=True)
+        ]
+        metrics = {**last["metrics"], "rounds": told}
+        return skeleton, {**last, "technique": stage.technique, "metrics": metrics}
+
+
+def _runs(stages: Sequence[StageOptions]) -> list[tuple[int, list[StageOptions]]]:
+    """Neighbours that compress layers together, all others alone; each run with the index of its first stage."""
+    numbered = enumerate(stages)
+    runs = groupby(numbered, lambda each: -1 if isinstance(each[1], LayerOptions) else each[0])
+    found = [list(run) for _, run in runs]
+    return [(run[0][0], [stage for _, stage in run]) for run in found]
+
+
+def _inner_runs(stage: Iterate, number: int) -> list[tuple[int, str, list[StageOptions]]]:
+    """Of a round: its number, and the name of each of its parts with its stages."""
+    return [(number, f"round-{number:02d}-{first}", stages) for first, stages in _runs(stage.round(number))]
+
+
+def _report(stage: StageOptions, metrics: dict[str, Any]) -> Report:
+    return {"technique": stage.technique, "metrics": metrics, "fallbacks": [], "layers": {}}
 
 
 def _fresh(skeleton: Skeleton) -> Skeleton:

@@ -12,6 +12,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    PrivateAttr,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -19,7 +20,16 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from workers.recipe_rules import Packing, check_stages, check_training, packings_of
-from workers.techniques import TECHNIQUES, LayerOptions, PruningOptions, QuantizationOptions, Stage, TrainingOptions
+from workers.techniques import (
+    TECHNIQUES,
+    Iterate,
+    LayerOptions,
+    PruningOptions,
+    QuantizationOptions,
+    Stage,
+    StageOptions,
+    TrainingOptions,
+)
 from workers.techniques.options import Statistic
 from workers.techniques.schemes import ActivationGrid, SchemeFacts
 
@@ -167,6 +177,8 @@ class Recipe(_Part):
     output: Output = Output()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
 
+    _first_stage: int = PrivateAttr(0)  # of a part of a recipe: where it begins
+
     @model_validator(mode="before")
     @classmethod
     def _resolve_output(cls, data: Any) -> Any:
@@ -195,14 +207,38 @@ class Recipe(_Part):
 
     @property
     def early_stages(self) -> Sequence[Stage]:
-        """The first stages, each of which leaves a whole model for the next; the last ones write the artifact."""
-        late = next((i for i, stage in enumerate(self.stages) if isinstance(stage, LayerOptions)), len(self.stages))
-        return self.stages[:late]
+        """The stages before the last run of those that compress layers: each run of them leaves a whole model."""
+        return self.stages[: self._num_early(len(self.stages))]
+
+    def _num_early(self, end: int) -> int:
+        while end and isinstance(self.stages[end - 1], LayerOptions):
+            end -= 1
+        return end
+
+    @property
+    def late(self) -> Recipe:
+        """The recipe of the stages after those, which compress layers while the artifact is written."""
+        return self.part(len(self.early_stages), len(self.stages))
+
+    def part(self, first: int, end: int) -> Recipe:
+        """The recipe of some of the stages alone."""
+        return self.with_stages(self.stages[first:end], first)
+
+    def with_stages(self, stages: Sequence[StageOptions], first: int) -> Recipe:
+        """The recipe with other stages, in place of those from ``first`` on."""
+        part = self.model_copy(update={"stages": list(stages)})
+        part._first_stage = first
+        return part
+
+    def param(self, index: int) -> str:
+        """Where a stage is in the whole recipe, for errors."""
+        return f"recipe.stages[{self._first_stage + index}]"
 
     @property
     def training_stages(self) -> list[TrainingOptions]:
-        """The stages that train."""
-        return [stage for stage in self.stages if isinstance(stage, TrainingOptions)]
+        """The stages that train, contained ones too."""
+        contained = [inner for stage in self.stages if isinstance(stage, Iterate) for inner in stage.training]
+        return [stage for stage in self.stages if isinstance(stage, TrainingOptions)] + contained
 
     @property
     def reads_training_text(self) -> bool:

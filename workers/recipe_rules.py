@@ -7,6 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from workers.techniques import (
+    Iterate,
     LayerOptions,
     LogitDistillation,
     MixedPrecision,
@@ -88,21 +89,24 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
 
 
 def _check_order(stages: Sequence[Stage]) -> None:
-    """Raise RecipeError ``stages_conflict`` where the model's shape changes after single layers were compressed."""
-    for index, (earlier, later) in enumerate(pairwise(stages), start=1):
-        if not isinstance(later, LayerOptions) and isinstance(earlier, LayerOptions):
-            what = "changes the model's shape" if isinstance(later, StructureOptions) else "trains all weights"
+    """Raise RecipeError ``stages_conflict`` where the model's shape changes after single weights were left out."""
+    first: int | None = None
+    for index, stage in enumerate(stages):
+        if isinstance(stage, StructureOptions) and first is not None:
             raise RecipeError(
                 "stages_conflict",
                 f"stages[{index}].technique",
-                f"{later.technique} {what}; move it before stages[{index - 1}]",
+                f"{stage.technique} changes the model's shape; move it before stages[{first}]",
             )
+        if first is None and isinstance(stage, LayerOptions | Iterate):
+            first = index
 
 
 def check_training(stages: Sequence[Stage], training: Training | None) -> None:
     """Raise RecipeError ``training_missing`` where a stage trains and the recipe names no text for it."""
     for index, stage in enumerate(stages):
-        if isinstance(stage, TrainingOptions) and training is None and getattr(stage, "synthetic", None) is None:
+        inner = stage.training if isinstance(stage, Iterate) else [stage] if isinstance(stage, TrainingOptions) else []
+        if training is None and any(getattr(each, "synthetic", None) is None for each in inner):
             raise RecipeError(
                 "training_missing",
                 "training",

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.sources.labels import has_labels
-from workers.techniques import FineTuning, LogitDistillation, TrainingOptions
+from workers.techniques import FineTuning, Iterate, LogitDistillation, TrainingOptions
 
 
 def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
@@ -20,10 +20,7 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
     if not recipe.training_stages:
         return
     task = architecture_of(config).task
-    for index, stage in enumerate(recipe.stages):
-        if not isinstance(stage, TrainingOptions):
-            continue
-        param = f"recipe.stages[{index}]"
+    for param, stage in _with_places(recipe):
         if task == "masked":
             raise UserError(
                 "unsupported_task",
@@ -54,3 +51,14 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
                 hint="Name the field of a row that holds its class, or send labels beside inline texts; or distil with "
                 "alpha 0, which has no hard targets.",
             )
+
+
+def _with_places(recipe: Recipe) -> Iterator[tuple[str, TrainingOptions]]:
+    """The stages that train, contained ones too, and where they are."""
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage, TrainingOptions):
+            yield f"recipe.stages[{index}]", stage
+        elif isinstance(stage, Iterate):
+            for number, inner in enumerate(stage.stages):
+                if isinstance(inner, TrainingOptions):
+                    yield f"recipe.stages[{index}].stages[{number}]", inner

@@ -23,14 +23,14 @@ def check_changed(recipe: Recipe, streamed: Streamed, checkpoint: Checkpoint, pa
             raise UserError(
                 "nothing_changed",
                 "Every linear layer is on the ignore list of this stage, so it changes nothing.",
-                param=f"recipe.stages[{index}].ignore",
+                param=f"{recipe.param(index)}.ignore",
                 hint="Shorten `ignore`, or leave the stage out.",
             )
         if stage.kind == "pruning" and not any(layer["num_pruned"] for layer in layers.values()):
             raise UserError(
                 "nothing_changed",
                 "No weight became zero that was not zero before.",
-                param=f"recipe.stages[{index}]",
+                param=recipe.param(index),
                 hint="Ask for more sparsity than the model already has.",
             )
     # Codes are another form of what they stand for, and so are the values of a source that had codes.
@@ -39,7 +39,7 @@ def check_changed(recipe: Recipe, streamed: Streamed, checkpoint: Checkpoint, pa
         raise UserError(
             "nothing_changed",
             "Every weight has the value that it had before.",
-            param=f"recipe.stages[{len(recipe.stages) - 1}]",
+            param=recipe.param(len(recipe.stages) - 1),
             hint="The model is on this grid already: choose fewer bits or other groups, or leave the stage out.",
         )
 

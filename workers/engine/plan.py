@@ -41,7 +41,7 @@ def make_plan(
             plan[index] = _sparsities(stage, curves)
         elif isinstance(stage, MixedPrecision):
             budget = _Budget(skeleton, recipe, stage)
-            budget.check(f"recipe.stages[{index}].max_size_bytes")
+            budget.check(f"{recipe.param(index)}.max_size_bytes")
             width = min(stage.widths, key=lambda width: abs(width - budget.average_bits))
             steps = journal.inner("sensitivity")
             groups = measure(skeleton, stage, width, calibration, steps, progress)

@@ -37,10 +37,21 @@ class Stream:
     """One pass over a checkpoint that applies the stages of a recipe to every block."""
 
     def __init__(
-        self, skeleton: Skeleton, recipe: Recipe, journal: Journal, progress: Progress, waiting_bytes: int
+        self,
+        skeleton: Skeleton,
+        recipe: Recipe,
+        journal: Journal,
+        progress: Progress,
+        waiting_bytes: int,
+        *,
+        keeps_zeros: bool = False,
     ) -> None:
-        """Waiting passes hold ``waiting_bytes`` in memory, and what is beyond in files: the result is the same."""
+        """Waiting passes hold ``waiting_bytes`` in memory, and what is beyond in files: the result is the same.
+
+        With ``keeps_zeros`` weights that are zero were pruned before, and stay so.
+        """
         self.skeleton = skeleton
+        self._keeps_zeros = keeps_zeros
         self._waiting_bytes = waiting_bytes
         self.recipe = recipe
         self.journal = journal
@@ -272,6 +283,7 @@ class Stream:
             weight,
             dtype,
             statistics,
+            zeros=weight == 0 if self._keeps_zeros else None,
             stores_codes=self.recipe.stores_codes,
             unpacks_narrowly=self.recipe.quantizes_embeddings,
         )

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from workers.shapes.depth import config_of_fewer_blocks
-from workers.techniques import DepthPruning, Stage, StructureOptions
+from workers.techniques import DepthPruning, Iterate, Stage, StructureOptions
 
 # Of a stage, its index in the recipe and the config before it: the config after it, as far as it is known before.
 _RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
@@ -25,6 +25,7 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
     """
     config = dict(config)
     for index, stage in enumerate(stages):
-        if isinstance(stage, StructureOptions):
-            config = _RULES[type(stage)](stage, index, config)
+        inner = stage.pruning if isinstance(stage, Iterate) else stage
+        if isinstance(inner, StructureOptions):
+            config = _RULES[type(inner)](inner, index, config)
     return config

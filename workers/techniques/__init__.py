@@ -11,6 +11,7 @@ from workers.techniques.depth_pruning import DepthPruning
 from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.gptq import GPTQ
+from workers.techniques.iterate import Iterate
 from workers.techniques.logit_distillation import LogitDistillation
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
@@ -36,7 +37,8 @@ Stage = Annotated[
     | SparseGPT
     | DepthPruning
     | LogitDistillation
-    | FineTuning,
+    | FineTuning
+    | Iterate,
     Field(discriminator="technique"),
 ]
 
@@ -51,6 +53,7 @@ __all__ = [
     "DepthPruning",
     "DynamicInt8",
     "FineTuning",
+    "Iterate",
     "LayerOptions",
     "LogitDistillation",
     "Magnitude",

@@ -33,6 +33,7 @@ class StageOptions(BaseModel):
 
     kind: ClassVar[Kind]
     summary: ClassVar[str]
+    technique: str
     statistics: ClassVar[frozenset[Statistic]] = frozenset()
 
     @property
@@ -50,6 +51,11 @@ class LayerOptions(StageOptions):
     """Options of a stage that compresses linear layers one by one, as the engine's stream comes past them."""
 
     rescales_inputs: ClassVar[bool] = False
+
+    @property
+    def relative_time(self) -> float:
+        """It compresses layers."""
+        return 1.0
 
     ignore: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],

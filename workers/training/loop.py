@@ -50,17 +50,22 @@ class Loop:
         stage: TrainingOptions,
         index: int,
         seed: int,
+        masks: Mapping[str, Tensor],
         journal: StepJournal,
         told: Callable[[Curve, float], None],
         measured: Callable[[dict[str, Any]], None],
     ) -> None:
-        """``index`` is the stage's; ``told`` hears of progress, ``measured`` of each point of the curve."""
+        """``index`` is the stage's; weights stay zero where ``masks`` are false.
+
+        ``told`` hears of progress, ``measured`` of each point of the curve.
+        """
         self._student = student
         self._objective = objective
         self._corpus = corpus
         self._stage = stage
         self._param = f"recipe.stages[{index}]"
         self._seed = seed * 1_000_003 + index
+        self._masks = masks
         self._journal = journal
         self._told = told
         self._measured = measured
@@ -146,6 +151,10 @@ class Loop:
             (loss.total / num_targets).backward()  # type: ignore[no-untyped-call]
             total += float(loss.total.detach()) / num_targets
             curve.num_tokens += int(batch.mask.sum())
+        for name, mask in self._masks.items():
+            gradient = self._parameters[name].grad
+            assert gradient is not None
+            gradient.mul_(mask)  # a weight of zero without a gradient has no moments, no decay, and stays
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._stage.max_grad_norm)
         if not (math.isfinite(total) and bool(torch.isfinite(norm))):
             raise UserError(

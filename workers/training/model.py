@@ -18,6 +18,8 @@ from workers.engine.skeleton import Skeleton
 from workers.export import copy_companions, plain_config
 from workers.formats.parts import Parts
 
+CHECKPOINT = "checkpoint"  # what the folder of a model is called that a stage leaves in its journal
+
 
 @dataclass
 class Whole:
@@ -59,6 +61,11 @@ class Whole:
             self.states[index] = output if isinstance(output, Tensor) else output[0]
 
         return keep
+
+    def masks(self) -> dict[str, Tensor]:
+        """By name, where weights of the blocks' linear layers are not zero (bool); nothing of layers without zeros."""
+        found = {f"{layer}.weight": self.model.get_parameter(f"{layer}.weight") for layer in self.skeleton.block_layers}
+        return {name: weight != 0 for name, weight in found.items() if not bool(weight.all())}
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name, tied ones once."""

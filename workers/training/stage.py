@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from workers.techniques import LogitDistillation, TrainingOptions
 from workers.techniques.training_options import Augmentation
 from workers.texts import Texts
 from workers.training.loop import TOKENS_A_MICRO_BATCH, Corpus, Loop, thinned
-from workers.training.model import Whole, open_whole, write_checkpoint
+from workers.training.model import CHECKPOINT, Whole, open_whole, write_checkpoint
 from workers.training.objective import Objective, Weights, matched_blocks
 from workers.training.samples import (
     Augmented,
@@ -35,8 +34,6 @@ from workers.training.samples import (
 from workers.training.step_journal import Curve, StepJournal
 from workers.training.synthesis import write_synthetic
 from workers.training.teachers import CachedTeacher, OnlineTeacher, Teacher
-
-CHECKPOINT = "checkpoint"
 
 Progress = Callable[[str, int, int, float], None]  # what is done, step, number of steps, fraction of the stage
 
@@ -54,6 +51,7 @@ class TrainingStage:
     journal: Journal  # the stage's own
     progress: Progress
     measured: Callable[[dict[str, Any]], None]  # hears of each point of the loss curve
+    keeps_zeros: bool = False  # whether weights of linear layers that are zero have to stay so
 
     def run(self) -> dict[str, Any]:
         """Train, leave the checkpoint in the journal's folder, and return what the report says of it.
@@ -86,8 +84,11 @@ class TrainingStage:
         corpus = Corpus(
             samples, division, Order(division.training, self.recipe.seed, first), padding, self._augmented(tokenizer)
         )
+        masks = student.masks() if self.keeps_zeros else {}
         steps = StepJournal(folder / "steps", self.journal.fingerprint)
-        loop = Loop(student, objective, corpus, stage, self.index, self.recipe.seed, steps, self._told, self.measured)
+        loop = Loop(
+            student, objective, corpus, stage, self.index, self.recipe.seed, masks, steps, self._told, self.measured
+        )
         curve, weights = loop.run()
         self.journal.decided_under.extend(steps.fingerprints)
         write_checkpoint(student, weights, folder / CHECKPOINT)
@@ -205,8 +206,3 @@ def _metrics(curve: Curve, num_steps: int, samples: Samples, num_training: int) 
         "lowest_step": curve.lowest_step,
         "curve": thinned(curve.points),
     }
-
-
-def checkpoint_of(journal: Journal) -> Path:
-    """Where the stage whose journal this is has left its model."""
-    return journal.folder / CHECKPOINT
