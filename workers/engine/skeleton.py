@@ -32,7 +32,7 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
-        self.model = _empty_model(checkpoint, architecture)
+        self.model = empty_model(checkpoint, architecture)
         self._move_buffers()
         self._check_names()
         self._check_shapes()
@@ -251,7 +251,7 @@ def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor
     return hidden_states
 
 
-def _empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
+def empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
     """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
     auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
     try:

@@ -20,6 +20,7 @@ from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.structure_options import StructureOptions
 from workers.techniques.wanda import Wanda
+from workers.techniques.width_pruning import WidthPruning
 
 Stage = Annotated[
     RoundToNearest
@@ -31,7 +32,8 @@ Stage = Annotated[
     | Magnitude
     | Wanda
     | SparseGPT
-    | DepthPruning,
+    | DepthPruning
+    | WidthPruning,
     Field(discriminator="technique"),
 ]
 
@@ -57,4 +59,5 @@ __all__ = [
     "StageOptions",
     "StructureOptions",
     "Wanda",
+    "WidthPruning",
 ]
