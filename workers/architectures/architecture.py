@@ -53,7 +53,9 @@ class Architecture:
     # How queries, keys and values lie in the rows of the first group: a layer for each, one layer with one after the
     # other, or one with the three of each head together.
     attention_rows: AttentionRows = "separate"
-    gates_are_stacked: bool = False  # one layer makes the gates of all FFN neurons, and after them what they let through
+    gates_are_stacked: bool = (
+        False  # one layer makes the gates of all FFN neurons, and after them what they let through
+    )
     has_head_dim: bool = False  # config.json can say how wide a head is, whatever the hidden size
     hidden_is_multiple_of_heads: bool = False  # transformers refuses others, even where config.json says head_dim
     factors_bind_heads: bool = False  # rotary factors have to be as many as the quotient says, even beside head_dim

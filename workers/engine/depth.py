@@ -109,9 +109,7 @@ def block_influences(
 ) -> list[float]:
     """Of each block 1 − cos(its input, its output), mean over tokens: arXiv:2403.03853, equation 1."""
     samples = part_of(calibration, NUM_INFLUENCE_TOKENS)
-    heard = listen(
-        skeleton, samples, journal, waiting_bytes, progress, lambda block: _Likeness(skeleton.module(block))
-    )
+    heard = listen(skeleton, samples, journal, waiting_bytes, progress, lambda block: _Likeness(skeleton.module(block)))
     return [float(entry["influence"]) for entry in heard]
 
 

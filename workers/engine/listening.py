@@ -44,9 +44,7 @@ def listen(
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
     gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, skeleton.end)]
     budget = MemoryBudget(journal.folder / "waiting", waiting_bytes)
-    passes = [
-        skeleton.forward_pass(ids, is_exact=False, budget=budget) for each in samples for ids in batches(each)
-    ]
+    passes = [skeleton.forward_pass(ids, is_exact=False, budget=budget) for each in samples for ids in batches(each)]
     shapes = [torch.Size([*each.input_shape, skeleton.hidden_size]) for each in passes]
     journal.begin_again_unless_whole(shapes)
     heard = list(journal.entries)

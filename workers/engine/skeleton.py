@@ -73,6 +73,13 @@ class Skeleton:
         rows, columns = self.module(name).get_parameter("weight").shape
         return (columns, rows) if self.architecture.is_transposed else (rows, columns)
 
+    @property
+    def matrix_shapes(self) -> dict[str, list[int]]:
+        """Rows and columns of the embedding, and out_features and in_features of the layers of all blocks."""
+        embedding = self.architecture.embedding
+        layers = {name: list(self.linear_shape(name)) for name in self.block_layers}
+        return {embedding: list(self.module(embedding).get_parameter("weight").shape), **layers}
+
     def num_weights(self, name: str) -> int:
         """Of a linear layer, loaded or not."""
         return math.prod(self.linear_shape(name))

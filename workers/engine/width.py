@@ -156,7 +156,9 @@ class _Norms:
 
     def _add(self, name: str, inputs: Tensor) -> None:
         # OPT brings the tokens of all samples to its FFN in one row.
-        units = inputs.reshape(self._num_now, -1, self._sums[name].numel(), inputs.shape[-1] // self._sums[name].numel())
+        units = inputs.reshape(
+            self._num_now, -1, self._sums[name].numel(), inputs.shape[-1] // self._sums[name].numel()
+        )
         self._sums[name] += torch.linalg.vector_norm(units, dim=(1, 3)).sum(dim=0, dtype=torch.float64).cpu()
 
 
@@ -200,7 +202,8 @@ def _narrowed(skeleton: Skeleton, widths: Widths, kept: Units, config: Mapping[s
     for index in range(skeleton.num_blocks):
         block = skeleton.block_name(index)
         for layer, (rows, columns) in _cuts_of_block(architecture, widths, kept, index, channels).items():
-            both = enumerate((columns, rows) if architecture.is_transposed else (rows, columns))
+            dimensions = (1, 0) if architecture.is_transposed else (0, 1)
+            both = zip(dimensions, (rows, columns), strict=True)
             cuts[f"{block}.{layer}.weight"] = {dimension: chosen for dimension, chosen in both if chosen is not None}
             if rows is not None:
                 cuts[f"{block}.{layer}.bias"] = {0: rows}
@@ -212,8 +215,8 @@ def _narrowed(skeleton: Skeleton, widths: Widths, kept: Units, config: Mapping[s
         in_layers = {f"{layer}.{kind}" for layer in skeleton.block_layers for kind in ("weight", "bias")}
         for name, parameter in skeleton.model.named_parameters(remove_duplicate=False):
             if name not in in_layers:
-                both = enumerate(zip(parameter.shape, new_shapes[name], strict=True))
-                cuts[name] = {dimension: channels for dimension, (old, new) in both if old != new}
+                sizes = zip(parameter.shape, new_shapes[name], strict=True)
+                cuts[name] = {dimension: channels for dimension, (old, new) in enumerate(sizes) if old != new}
     return checkpoint.with_selection({name: each for name, each in cuts.items() if each}, config)
 
 

@@ -62,9 +62,20 @@ def config_of_smaller_widths(stage: WidthPruning, index: int, config: Mapping[st
     """The config with the sizes that the stage, ``index`` in its recipe, leaves.
 
     Raises:
-        UserError: ``invalid_value``.
+        UserError: ``invalid_value``, or ``invalid_config`` where heads do not divide the sizes that the model has.
     """
     architecture, before = architecture_of(config), widths_of(config)
+    is_bound = _binds_heads(architecture, config)
+    if before.num_attention_heads % before.num_key_value_heads or (
+        is_bound and before.num_attention_heads * before.head_dim != before.hidden_size
+    ):
+        raise UserError(
+            "invalid_config",
+            f"The model's {before.num_attention_heads} heads do not divide into those that share keys and values, or "
+            "do not divide its hidden size.",
+            param="model.id",
+            hint="Compare config.json with the one that the checkpoint was saved with.",
+        )
     try:
         after = _widths_left(stage, architecture, config, before)
     except OptionError as error:
@@ -84,9 +95,7 @@ def config_of_smaller_widths(stage: WidthPruning, index: int, config: Mapping[st
     return changed
 
 
-def _widths_left(
-    stage: WidthPruning, architecture: Architecture, config: Mapping[str, Any], before: Widths
-) -> Widths:
+def _widths_left(stage: WidthPruning, architecture: Architecture, config: Mapping[str, Any], before: Widths) -> Widths:
     """The sizes after the stage; OptionError where the model, or its config.json, cannot have them."""
     neurons = stage.size_left(stage.intermediate_option, before.intermediate_size, stage.multiple_of)
     groups = stage.size_left(stage.heads_option, before.num_key_value_heads, 1)
@@ -97,9 +106,10 @@ def _widths_left(
         divisor = num_heads if architecture.hidden_is_multiple_of_heads else 1
         step = math.lcm(stage.multiple_of, divisor)
         hidden_size = stage.size_left(stage.hidden_option, before.hidden_size, step)
-        if hidden_size % divisor and (stage.hidden_option or stage.heads_option):
+        option = stage.hidden_option or stage.heads_option
+        if option is not None and hidden_size % divisor:
             raise OptionError(
-                stage.hidden_option or stage.heads_option or "",
+                option,
                 f"must be another: of a {architecture.model_type}, hidden_size has to be a multiple of the number of "
                 f"heads, and {hidden_size} is none of {num_heads}",
             )
@@ -134,10 +144,12 @@ def _bound_hidden_size(stage: WidthPruning, architecture: Architecture, before: 
             f"{reason}",
         )
     if stage.heads_option is None:
+        fewer = max(1, before.num_key_value_heads // 2)
+        together = f"{fewer} and hidden_size: {fewer * before.queries_a_group * before.head_dim}"
+        remedy = f"come with fewer heads, for example num_key_value_heads: {together}"
         raise OptionError(
             stage.hidden_option,
-            f"must come with fewer heads, for example num_key_value_heads: {(before.num_key_value_heads + 1) // 2} and "
-            f"hidden_size: {(before.num_key_value_heads + 1) // 2 * before.queries_a_group * before.head_dim}; {reason}",
+            f"must {'be left out' if before.num_key_value_heads == 1 else remedy}; {reason}",
         )
     raise OptionError(
         stage.hidden_option,

@@ -95,7 +95,9 @@ class WidthPruning(StructureOptions):
             )
         is_rounded = self.keep_intermediate is not None or self.keep_hidden is not None
         if not is_rounded and self.multiple_of != type(self).model_fields["multiple_of"].default:
-            raise OptionError("multiple_of", "must be left out where neither keep_intermediate nor keep_hidden is given")
+            raise OptionError(
+                "multiple_of", "must be left out where neither keep_intermediate nor keep_hidden is given"
+            )
         return self
 
     @property
@@ -131,7 +133,7 @@ class WidthPruning(StructureOptions):
         """
         if option is None:
             return before
-        value = getattr(self, option)
+        value: int | float = getattr(self, option)
         if isinstance(value, int):
             if value >= before:
                 raise OptionError(option, f"must be below {before}, which the model has")
