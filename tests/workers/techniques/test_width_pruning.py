@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -20,6 +21,7 @@ from app.jobs.schemas import JobSubmission
 from app.jobs.size_limits import check_size
 from tests.models import write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
+from tests.workers.sources.test_gguf import as_gguf, llama_weights, load_bf16, write_gguf
 from workers.architectures import ARCHITECTURES, AUTO_CLASSES, Architecture, Task
 from workers.certify import certify
 from workers.engine.text import calibration_samples, read_documents, tokenize
@@ -214,14 +216,11 @@ def sizes_for(row: Architecture) -> dict[str, int]:
 
 
 def cases() -> list[tuple[str, tuple[str, ...]]]:
-    """Every model, cut in each way that it can be cut."""
-    found = []
-    for name, (model_type, task, _) in SHAPES.items():
-        row = ARCHITECTURES[model_type, task]
-        found += [(name, ("intermediate_size",)), (name, tuple(sizes_for(row)))]
-        if row.has_head_dim:
-            found += [(name, ("num_key_value_heads",)), (name, ("hidden_size",))]
-    return found
+    """Every model with all its sizes cut, and some with one."""
+    all_sizes = ("intermediate_size", "num_key_value_heads", "hidden_size")
+    alone = [*(("llama", size) for size in all_sizes), *(("phi3", size) for size in all_sizes)]
+    alone += [("gpt2", "intermediate_size"), ("opt_like_350m", "intermediate_size"), ("qwen2", "hidden_size")]
+    return [*((name, all_sizes) for name in SHAPES), *((name, (size,)) for name, size in alone)]
 
 
 def test_every_architecture_is_tried() -> None:
@@ -236,7 +235,7 @@ def test_the_result_is_the_original_with_its_most_important_units(
     task, row = write_model(tmp_path / "model", name)
     after = {option: size for option, size in sizes_for(row).items() if option in options}
     recipe = {"stages": [{"technique": "width_pruning", **after}], **(RECIPE if task != "causal" else {})}
-    attempt = compressed(tmp_path / "work", tmp_path / "model", recipe)
+    attempt = certified(tmp_path / "work", tmp_path / "model", recipe)
     samples = calibration(attempt, tmp_path / "model", task)
     kept = most_important(tmp_path / "model", task, row, samples, after)
     expected = logits_of_the_rest(tmp_path / "model", task, row, kept)
@@ -244,38 +243,31 @@ def test_the_result_is_the_original_with_its_most_important_units(
     whole = plain_logits(tmp_path / "model", task)
     assert torch.linalg.vector_norm(whole - expected) > 0.05 * torch.linalg.vector_norm(expected)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
-    metrics = json.loads((attempt.work / "compressed.json").read_text())["stages"][0]["metrics"]
-    assert metrics["kept_key_value_heads"] == kept.groups
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_the_report_and_the_config_say_the_sizes(name: str, tmp_path: Path) -> None:
-    task, row = write_model(tmp_path / "model", name)
-    recipe = {"stages": [{"technique": "width_pruning", "importance": "magnitude", **sizes_for(row)}]}
-    attempt = certified(tmp_path / "work", tmp_path / "model", recipe)
     metrics = attempt.report["stages"][0]["metrics"]
-    before, after = (
-        widths_of(json.loads((path / "config.json").read_text())) for path in (tmp_path / "model", attempt.artifact)
-    )
+    assert metrics["kept_key_value_heads"] == kept.groups
+    check_sizes(attempt, tmp_path / "model", recipe, metrics, after)
+
+
+def check_sizes(
+    attempt: Attempt, model: Path, recipe: dict[str, Any], metrics: dict[str, Any], after: dict[str, int]
+) -> None:
+    """The report and the config say the sizes, and what was said of them beforehand was right."""
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (model, attempt.artifact)]
+    old, new = map(widths_of, configs)
+    assert new.head_dim == old.head_dim
     for size in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads"):
-        assert metrics[size] == getattr(after, size)
-        assert metrics[f"original_{size}"] == getattr(before, size)
-    assert {size: metrics[size] for size in sizes_for(row)} == sizes_for(row)
-    assert after.head_dim == before.head_dim
-    opened = opened_original(attempt.artifact, task)
-    assert metrics["num_parameters"] == sum(parameter.numel() for parameter in opened.parameters())
-    # What headers say beforehand is what the result has, and never more bytes than that.
-    facts = inspect_model("file:model", model_roots=[tmp_path])
+        assert (metrics[f"original_{size}"], metrics[size]) == (getattr(old, size), getattr(new, size))
+    assert {size: metrics[size] for size in after} == after
+    weights = [each for path in attempt.artifact.glob("*.safetensors") for each in load_file(path).values()]
+    assert metrics["num_parameters"] == sum(weight.numel() for weight in weights)
+    facts = inspect_model("file:model", model_roots=[model.parent])
     shaped = facts_after(Recipe.model_validate(recipe).stages, facts)
     assert shaped.linear_in_features == inspect_model("file:artifact", model_roots=[attempt.work]).linear_in_features
-    num_bytes = sum(
-        tensor.nbytes for path in attempt.artifact.glob("*.safetensors") for tensor in load_file(path).values()
-    )
-    limits = {"constraints": {"max_size_bytes": num_bytes}}
-    check_size(JobSubmission.model_validate({"model": {"id": "file:model"}, "recipe": recipe, **limits}), facts)
-    limits = {"constraints": {"max_size_bytes": num_bytes // 3}}
+    num_bytes = sum(weight.nbytes for weight in weights)
+    body = {"model": {"id": "file:model"}, "recipe": recipe}
+    check_size(JobSubmission.model_validate({**body, "constraints": {"max_size_bytes": num_bytes}}), facts)
     with pytest.raises(UserError, match="at least"):
-        check_size(JobSubmission.model_validate({"model": {"id": "file:model"}, "recipe": recipe, **limits}), facts)
+        check_size(JobSubmission.model_validate({**body, "constraints": {"max_size_bytes": num_bytes // 3}}), facts)
 
 
 def weights_of_units(name: str, state: dict[str, Tensor]) -> tuple[list[Tensor], list[Tensor], Tensor]:
@@ -295,14 +287,16 @@ def weights_of_units(name: str, state: dict[str, Tensor]) -> tuple[list[Tensor],
             made, o = torch.cat([q, k, v], dim=1), weight("self_attn.o_proj")
             gates, down = torch.stack([weight("mlp.gate_proj"), weight("mlp.up_proj")], 1), weight("mlp.down_proj")
         elif name == "phi3":
-            q, k, v = weight("self_attn.qkv_proj").split([64, 32, 32])
+            q, k, v = torch.split_with_sizes(weight("self_attn.qkv_proj"), [64, 32, 32])
             made, o = (
                 torch.cat([q.view(2, 32, 64), k.view(2, 16, 64), v.view(2, 16, 64)], 1),
                 weight("self_attn.o_proj"),
             )
             gates, down = weight("mlp.gate_up_proj").view(2, 96, 64).transpose(0, 1), weight("mlp.down_proj")
         elif name == "gpt2":
-            made = torch.stack([each.view(4, 16, 64) for each in weight("attn.c_attn").split(64)], 1).flatten(1, 2)
+            made = torch.stack([each.view(4, 16, 64) for each in weight("attn.c_attn").tensor_split(3)], 1).flatten(
+                1, 2
+            )
             o, gates, down = weight("attn.c_proj"), weight("mlp.c_fc").unsqueeze(1), weight("mlp.c_proj")
         else:
             made, o = weight("attention.query_key_value").view(4, 48, 64), weight("attention.dense")
@@ -407,6 +401,23 @@ def test_codes_are_read_as_what_they_stand_for(model: Path, tmp_path: Path) -> N
     found, whole = plain_logits(attempt.artifact, "causal"), plain_logits(source, "causal")
     # What codes stand for is stored in bfloat16.
     assert torch.linalg.vector_norm(found - expected) < 0.05 * torch.linalg.vector_norm(whole - expected)
+
+
+def test_a_gguf_source_is_read_as_any_other(tmp_path: Path) -> None:
+    weights = llama_weights()
+    (tmp_path / "model").mkdir()
+    write_gguf(tmp_path / "model" / "m.gguf", as_gguf(weights))
+    stage = {"technique": "width_pruning", "importance": "magnitude", "intermediate_size": 24}
+    attempt = compressed(tmp_path / "work", tmp_path / "model", {"stages": [stage]})
+    found = load_bf16(attempt.artifact / "model.safetensors")
+    for block in range(json.loads((attempt.artifact / "config.json").read_text())["num_hidden_layers"]):
+        gate, up, down = (f"model.layers.{block}.mlp.{layer}_proj.weight" for layer in ("gate", "up", "down"))
+        norms = np.square(weights[gate]).sum(1) + np.square(weights[up]).sum(1) + np.square(weights[down]).sum(0)
+        kept = np.sort(np.argsort(-norms)[:24])
+        assert kept.tolist() != list(range(24))
+        weights |= {gate: weights[gate][kept], up: weights[up][kept], down: weights[down][:, kept]}
+    assert found.keys() == weights.keys()
+    assert all(np.array_equal(found[name], weights[name]) for name in weights)
 
 
 def config_of(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
@@ -516,10 +527,10 @@ def test_nothing_is_written_into_a_config_that_it_does_not_need(tmp_path: Path) 
 @pytest.mark.parametrize("model_type", ["mistral", "qwen2", "qwen3", "gemma3_text", "llama", "phi3"])
 def test_sizes_that_a_config_leaves_out_are_those_of_transformers(model_type: str) -> None:
     for config in ({}, {"num_attention_heads": 64}):
-        opened: Any = transformers.CONFIG_MAPPING[model_type](**{"hidden_size": 8192, **config})
-        silent = {"model_type": model_type, "hidden_size": 8192, "intermediate_size": 1024, "num_attention_heads": 32}
-        silent |= {"num_attention_heads": opened.num_attention_heads}
-        widths = widths_of(silent)
+        told: dict[str, Any] = {"hidden_size": 8192, **config}
+        opened: Any = transformers.CONFIG_MAPPING[model_type](**told)
+        told["num_attention_heads"] = opened.num_attention_heads
+        widths = widths_of({"model_type": model_type, "intermediate_size": 1024, **told})
         assert widths.num_key_value_heads == opened.num_key_value_heads
         head_dim = getattr(opened, "head_dim", None) or opened.hidden_size // opened.num_attention_heads
         assert widths.head_dim == head_dim
