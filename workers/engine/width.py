@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -121,17 +122,17 @@ class _Norms:
     """Hears what the four groups of linear layers of a block read."""
 
     def __init__(self, skeleton: Skeleton, block: str, widths: Widths) -> None:
-        self._widths = widths
         self._num_samples = self._num_now = 0
         self._sums = {
             "neurons": torch.zeros(widths.intermediate_size, dtype=torch.float64),
             "groups": torch.zeros(widths.num_key_value_heads, dtype=torch.float64),
             "channels": torch.zeros(widths.hidden_size, dtype=torch.float64),
         }
-        hears = (self._hear_attention, self._hear_heads, self._hear_channels, self._hear_neurons)
         self._handles = [
-            skeleton.module(f"{block}.{layers[0]}").register_forward_pre_hook(hear)
-            for layers, hear in zip(skeleton.architecture.linear_groups, hears, strict=True)
+            skeleton.module(f"{block}.{layers[0]}").register_forward_pre_hook(partial(self._hear, name))
+            for layers, name in zip(
+                skeleton.architecture.linear_groups, ("channels", "groups", "channels", "neurons"), strict=True
+            )
         ]
 
     def finish(self) -> dict[str, Any]:
@@ -140,25 +141,13 @@ class _Norms:
             handle.remove()
         return {name: (each / self._num_samples).tolist() for name, each in self._sums.items()}
 
-    def _hear_attention(self, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._num_now = arguments[0].shape[0]
-        self._num_samples += self._num_now
-        self._hear_channels(module, arguments)
-
-    def _hear_channels(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._add("channels", arguments[0])
-
-    def _hear_heads(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._add("groups", arguments[0])
-
-    def _hear_neurons(self, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        self._add("neurons", arguments[0])
-
-    def _add(self, name: str, inputs: Tensor) -> None:
-        # OPT brings the tokens of all samples to its FFN in one row.
-        units = inputs.reshape(
-            self._num_now, -1, self._sums[name].numel(), inputs.shape[-1] // self._sums[name].numel()
-        )
+    def _hear(self, name: str, _module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs, num_units = arguments[0], self._sums[name].numel()
+        if inputs.dim() == 3:  # OPT brings the tokens of all samples to its FFN in one row
+            self._num_now = inputs.shape[0]
+        if name == "groups":  # once in a block
+            self._num_samples += self._num_now
+        units = inputs.reshape(self._num_now, -1, num_units, inputs.shape[-1] // num_units)
         self._sums[name] += torch.linalg.vector_norm(units, dim=(1, 3)).sum(dim=0, dtype=torch.float64).cpu()
 
 

@@ -138,8 +138,9 @@ def _bound_hidden_size(stage: WidthPruning, architecture: Architecture, before: 
         f"{architecture.size('num_attention_heads')}: {before.head_dim}"
     )
     if stage.hidden_option is None:
+        assert stage.heads_option is not None  # with all heads and channels it has what it had
         raise OptionError(
-            stage.heads_option or "technique",
+            stage.heads_option,
             f"must come with hidden_size: {num_heads * before.head_dim}, which {num_heads} heads have together; "
             f"{reason}",
         )
