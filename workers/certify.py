@@ -21,7 +21,7 @@ from workers.evaluation.speed import check_reads, check_runs, measure_reading, m
 from workers.evaluation.ways import choose_ways, open_artifact, open_original, remove_expanded
 from workers.fingerprint import environment_of
 from workers.formats import load_sparse
-from workers.formats.opening import Opened, Readable
+from workers.formats.opening import Opened, Readable, matrix_shape
 from workers.formats.snippets import load_snippet
 from workers.model_card import model_card
 from workers.recipe import Recipe
@@ -44,8 +44,8 @@ def certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes:
     ``result`` (what a job shows) and ``constraints_violated``.
 
     Raises:
-        CrashError: ``artifact_mismatch``, ``artifact_incomplete``, ``zeros_missing``, ``not_on_grid`` or
-            ``size_exceeded``: the artifact is not what was computed.
+        CrashError: ``artifact_mismatch``, ``artifact_incomplete``, ``shape_not_reached``, ``zeros_missing``,
+            ``not_on_grid`` or ``size_exceeded``: the artifact is not what was computed.
         UserError: ``not_smaller`` or ``non_finite_evaluation``.
     """
     try:
@@ -82,7 +82,7 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
         _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
     size = _check_size(work / "artifact", source, recipe)
     size["artifact_parameters"] = compressed["num_parameters"] if recipe.early_stages else size["original_parameters"]
-    _prove_depth(artifact, compressed["num_blocks"])
+    _prove_shape(artifact, compressed["num_blocks"], compressed["matrix_shapes"])
     _warn_of_size(size, emit)
     stages = _prove_stages(artifact, recipe, compressed["stages"])
     quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)))
@@ -245,12 +245,20 @@ def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]])
     return stages
 
 
-def _prove_depth(model: Readable, num_blocks: int) -> None:
-    """The reopened artifact has as many blocks as the stages have left."""
+def _prove_shape(model: Readable, num_blocks: int, matrix_shapes: dict[str, list[int]]) -> None:
+    """The reopened artifact has as many blocks as the stages have left, and layers and an embedding of their sizes."""
     with model.running() as running:
         found = len(running.get_submodule(model.architecture.blocks))
-    if found != num_blocks:
-        raise CrashError("shape_not_reached", f"The artifact has {found} blocks where {num_blocks} were to be left.")
+        if found != num_blocks:
+            raise CrashError(
+                "shape_not_reached", f"The artifact has {found} blocks where {num_blocks} were to be left."
+            )
+        for name, shape in matrix_shapes.items():
+            rows_and_columns = matrix_shape(running.get_submodule(name))
+            if rows_and_columns != shape:
+                raise CrashError(
+                    "shape_not_reached", f"The artifact's {name} is of {rows_and_columns} where {shape} was to be left."
+                )
 
 
 def _prove_zeros(model: Readable, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
 from workers.errors import JobError, UserError
 from workers.recipe import BUILTIN_DATASET, Calibration, Evaluation, Recipe
-from workers.shapes import config_after
+from workers.shapes import facts_after
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.classifier_head import class_names, makes_classifier
 from workers.sources.datasets import MAX_CHECKED_LINES, check_dataset
@@ -47,12 +47,12 @@ def check(
             timeout_seconds=settings.hub_timeout_seconds,
         )
         check_format(submission.recipe, facts)
-        config_after(submission.recipe.stages, facts.config)
-        check_group_size(submission.recipe, facts)
-        check_embeddings(submission.recipe, facts)
+        shaped = facts_after(submission.recipe.stages, facts)
+        check_group_size(submission.recipe, shaped)
+        check_embeddings(submission.recipe, shaped)
         check_budget(submission.recipe, facts)
         check_size(submission, facts)
-        check_mask_structure(submission.recipe, facts)
+        check_mask_structure(submission.recipe, shaped)
         check_training(submission.recipe, facts.config)
         _check_datasets(submission.recipe, facts, settings)
     except JobError as error:

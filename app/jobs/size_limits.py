@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from app.jobs.schemas import JobSubmission
 from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
+from workers.shapes import config_after
+from workers.shapes.width import widths_of
 from workers.sources.facts import ModelFacts
-from workers.techniques import DepthPruning, MixedPrecision
+from workers.techniques import MixedPrecision
 
 
 def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
@@ -52,10 +57,11 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
 
     Values that are stored in full keep the source's type, of two bytes or more.
     """
-    stage, architecture = recipe.quantization, architecture_of(facts.config)
-    num_embeddings: int = facts.config["vocab_size"] * facts.config[architecture.size("embedding_size")]
-    part_left = _part_of_blocks_left(recipe, facts)
-    num_parameters = num_embeddings + int((facts.num_parameters - num_embeddings) * part_left)
+    stage, config = recipe.quantization, config_after(recipe.stages, facts.config)
+    part_left = _part_of_weights_left(facts.config, config)
+    num_embeddings = _num_embedding_weights(config)
+    others = facts.num_parameters - _num_embedding_weights(facts.config)
+    num_parameters = num_embeddings + int(others * part_left)
     if stage is None or not recipe.stores_codes:
         is_dense = recipe.cast is None and "quantization_config" not in facts.config and part_left == 1
         return max(2 * num_parameters, facts.parameter_bytes if is_dense else 0)
@@ -64,11 +70,18 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
     return 2 * kept + (num_parameters - kept) * num_bits // 8
 
 
-def _part_of_blocks_left(recipe: Recipe, facts: ModelFacts) -> float:
-    """Of the model's blocks, where stages leave some out."""
-    before: int = facts.config[architecture_of(facts.config).size("num_hidden_layers")]
-    num_blocks = before
-    for stage in recipe.stages:
-        if isinstance(stage, DepthPruning):
-            num_blocks -= stage.num_removed(num_blocks)
-    return num_blocks / before
+def _num_embedding_weights(config: Mapping[str, Any]) -> int:
+    """Of the token embedding."""
+    return int(config["vocab_size"] * config[architecture_of(config).size("embedding_size")])
+
+
+def _part_of_weights_left(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
+    """Of the weights outside the embedding, at least: those of the blocks, or of what is as wide and high as channels.
+
+    1 where no stage changes the shape.
+    """
+    architecture = architecture_of(before)
+    num_blocks, widths = architecture.size("num_hidden_layers"), (widths_of(before), widths_of(after))
+    in_block = widths[1].num_block_weights(architecture) / widths[0].num_block_weights(architecture)
+    channels = (widths[1].hidden_size / widths[0].hidden_size) ** 2
+    return float(after[num_blocks] / before[num_blocks] * min(in_block, channels))

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 # What a model is for: to continue a text, to fill in masked tokens, or to put a text into one of several classes.
 Task = Literal["causal", "masked", "classification"]
+AttentionRows = Literal["separate", "stacked", "interleaved"]
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,23 @@ class Architecture:
     other_heads: tuple[str, ...] = ()  # beginnings of names of what the model would be trained with for another task
     renamed_ends: Mapping[str, str] = field(default_factory=dict)  # of names in old checkpoints
     is_transposed: bool = False  # linear weights lie in_features × out_features, as Conv1D has them
-    # Linear layers of one block, in order of execution; those in one group read the same input.
+    # Linear layers of one block, in order of execution; those in one group read the same input. There are four groups:
+    # what makes queries, keys and values, what reads heads, what makes FFN neurons, and what reads them.
     linear_groups: tuple[tuple[str, ...], ...] = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     )
+    # How queries, keys and values lie in the rows of the first group: a layer for each, one layer with one after the
+    # other, or one with the three of each head together.
+    attention_rows: AttentionRows = "separate"
+    gates_are_stacked: bool = (
+        False  # one layer makes the gates of all FFN neurons, and after them what they let through
+    )
+    has_head_dim: bool = False  # config.json can say how wide a head is, whatever the hidden size
+    hidden_is_multiple_of_heads: bool = False  # transformers refuses others, even where config.json says head_dim
+    factors_bind_heads: bool = False  # rotary factors have to be as many as the quotient says, even beside head_dim
     # Producers of inputs, by the first layer that reads each.
     producers: Mapping[str, Producer] = field(
         default_factory=lambda: {
@@ -59,6 +70,7 @@ class Architecture:
     # What config.json says when it is silent, and how it calls sizes that others call by Llama's names.
     ties_by_default: bool = False
     renamed: Mapping[str, str] = field(default_factory=dict)
+    default_sizes: Mapping[str, int] = field(default_factory=dict)  # those that transformers takes for missing ones
     positions_follow_padding: bool = False  # the first position is the one after the padding token's id
 
     @property

@@ -5,12 +5,15 @@ from __future__ import annotations
 from workers.architectures.architecture import Architecture, Producer
 
 DECODERS: tuple[Architecture, ...] = (
-    Architecture("llama"),
-    Architecture("mistral"),
-    Architecture("qwen2"),
-    Architecture("qwen3"),
+    Architecture("llama", has_head_dim=True, hidden_is_multiple_of_heads=True),
+    Architecture("mistral", has_head_dim=True, default_sizes={"num_key_value_heads": 8}),
+    Architecture("qwen2", has_head_dim=True, default_sizes={"num_key_value_heads": 32}),
+    Architecture("qwen3", has_head_dim=True, default_sizes={"num_key_value_heads": 32, "head_dim": 128}),
     Architecture(
         "gemma3_text",
+        has_head_dim=True,
+        hidden_is_multiple_of_heads=True,
+        default_sizes={"num_key_value_heads": 4, "head_dim": 256},
         producers={
             "self_attn.q_proj": Producer("input_layernorm", "norm_plus_one"),
             "mlp.gate_proj": Producer("pre_feedforward_layernorm", "norm_plus_one"),
@@ -26,6 +29,10 @@ DECODERS: tuple[Architecture, ...] = (
             ("mlp.gate_up_proj",),
             ("mlp.down_proj",),
         ),
+        attention_rows="stacked",
+        gates_are_stacked=True,
+        has_head_dim=True,
+        factors_bind_heads=True,
         producers={
             "self_attn.qkv_proj": Producer("input_layernorm", "norm"),
             "mlp.gate_up_proj": Producer("post_attention_layernorm", "norm"),
@@ -66,6 +73,7 @@ DECODERS: tuple[Architecture, ...] = (
         buffers=(".attn.bias", ".attn.masked_bias"),
         is_transposed=True,
         linear_groups=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+        attention_rows="stacked",
         producers={"attn.c_attn": Producer("ln_1", "norm"), "mlp.c_fc": Producer("ln_2", "norm")},
         ties_by_default=True,
         renamed={
@@ -91,6 +99,7 @@ DECODERS: tuple[Architecture, ...] = (
             ("mlp.dense_h_to_4h",),
             ("mlp.dense_4h_to_h",),
         ),
+        attention_rows="interleaved",
         producers={
             "attention.query_key_value": Producer("input_layernorm", "norm"),
             "mlp.dense_h_to_4h": Producer("post_attention_layernorm", "norm"),

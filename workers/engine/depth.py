@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -16,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.device import keeping_freed_memory, release_memory
+from workers.engine.device import keeping_freed_memory
 from workers.engine.forward import ForwardPass, Gate, Skippable
-from workers.engine.holdings import MemoryBudget
 from workers.engine.journal import Journal
+from workers.engine.listening import listen, loaded
 from workers.engine.shaping import Progress, Shaping
 from workers.engine.skeleton import Skeleton
-from workers.engine.text import batches, part_of
+from workers.engine.text import part_of
 from workers.errors import UserError
 from workers.shapes.depth import config_of_fewer_blocks
 from workers.techniques import DepthPruning
@@ -105,68 +104,34 @@ def choose_blocks(shaping: Shaping, stage: DepthPruning, journal: Journal) -> Cu
     return Cut(removed, scores, losses)
 
 
-@torch.inference_mode()
 def block_influences(
     skeleton: Skeleton, calibration: Sequence[Tensor], journal: Journal, waiting_bytes: int, progress: Progress
 ) -> list[float]:
     """Of each block 1 − cos(its input, its output), mean over tokens: arXiv:2403.03853, equation 1."""
-    blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-    gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, skeleton.end)]
-    budget = MemoryBudget(journal.folder / "waiting", waiting_bytes)
-    passes = [
-        skeleton.forward_pass(ids, is_exact=False, budget=budget)
-        for samples in part_of(calibration, NUM_INFLUENCE_TOKENS)
-        for ids in batches(samples)
-    ]
-    shapes = [torch.Size([*each.input_shape, skeleton.hidden_size]) for each in passes]
-    journal.begin_again_unless_whole(shapes)
-    influences = [float(entry["influence"]) for entry in journal.entries]
-    first = len(influences)
-    with _loaded(skeleton, skeleton.present(skeleton.architecture.before_blocks)), skeleton.skipped(blocks[:first]):
-        for number, each in enumerate(passes):
-            hidden = each.advance_to(blocks[first])
-            if first:
-                journal.activations.restore(first, number, hidden)
-            each.rest()
-    for index in range(first, len(blocks)):
-        following = blocks[index + 1] if index + 1 < len(blocks) else skeleton.end
-        progress(f"plan.{blocks[index]}", index, len(blocks), index / len(blocks))
-        # Of the block itself: what comes after the last one may have only a part of its output.
-        likeness = _Likeness()
-        handle = skeleton.module(blocks[index]).register_forward_hook(likeness)
-        with _loaded(skeleton, [blocks[index]]), keeping_freed_memory():
-            for number, each in enumerate(passes):
-                hidden = each.advance_to(following)
-                if index + 1 < len(blocks):
-                    journal.activations.keep(index + 1, number, hidden)
-                each.rest()
-        handle.remove()
-        influences.append(1 - likeness.mean)
-        if index + 1 < len(blocks):
-            journal.finish_block(index, {"influence": influences[-1]}, shapes)
-    for each in passes:
-        each.abandon()
-    for gate in gates:
-        gate.remove()
-    budget.close()
-    return influences
+    samples = part_of(calibration, NUM_INFLUENCE_TOKENS)
+    heard = listen(skeleton, samples, journal, waiting_bytes, progress, lambda block: _Likeness(skeleton.module(block)))
+    return [float(entry["influence"]) for entry in heard]
 
 
 class _Likeness:
-    """Hears what goes into a block and what comes out: how alike they are, mean over tokens."""
+    """Hears what goes into a block and what comes out: how alike they are, mean over tokens.
 
-    def __init__(self) -> None:
+    Of the block itself: what comes after the last one may have only a part of its output.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
         self._sum, self._num_tokens = 0.0, 0
+        self._handle = block.register_forward_hook(self._hear)
 
-    def __call__(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
+    def _hear(self, _module: nn.Module, arguments: tuple[Any, ...], output: Tensor) -> None:
         cosines = nn.functional.cosine_similarity(arguments[0], output, dim=-1)
         self._sum += float(cosines.sum(dtype=torch.float64))
         self._num_tokens += cosines.numel()
 
-    @property
-    def mean(self) -> float:
-        """The cosine."""
-        return self._sum / self._num_tokens
+    def finish(self) -> dict[str, Any]:
+        """The block's influence: 1 less the cosine."""
+        self._handle.remove()
+        return {"influence": 1 - self._sum / self._num_tokens}
 
 
 def losses_without(
@@ -224,7 +189,7 @@ def _losses_of_group(
         skips = {blocks[index] for index in (*range(first), *removed, candidate)}
         passes.append([skeleton.forward_pass(ids, skips=skips) for ids in windows])
     everyone = [each for those in passes for each in those]
-    with _loaded(skeleton, skeleton.present(skeleton.architecture.before_blocks)):
+    with loaded(skeleton, skeleton.present(skeleton.architecture.before_blocks)):
         for number, each in enumerate(everyone):
             hidden = each.advance_to(blocks[first])
             if first:
@@ -232,7 +197,7 @@ def _losses_of_group(
     for index in range(first, len(blocks)):
         following = blocks[index + 1] if index + 1 < len(blocks) else skeleton.end
         progress(f"plan.{blocks[index]}", index, len(blocks), index / len(blocks))
-        with _loaded(skeleton, [] if index in removed else [blocks[index]]), keeping_freed_memory():
+        with loaded(skeleton, [] if index in removed else [blocks[index]]), keeping_freed_memory():
             for number, each in enumerate(everyone):
                 hidden = each.advance_to(following)
                 if index + 1 < len(blocks):
@@ -240,7 +205,7 @@ def _losses_of_group(
         if index + 1 < len(blocks):
             journal.finish_block(index, {}, shapes)
     losses: list[float | None] = []
-    with _loaded(skeleton, skeleton.present(skeleton.architecture.after_blocks), has_head=True):
+    with loaded(skeleton, skeleton.present(skeleton.architecture.after_blocks), has_head=True):
         for those in passes:
             lost = [_loss(each.finish(), ids) for each, ids in zip(those, windows, strict=True)]
             losses.append(_or_none(sum(lost) / (samples.numel() - len(windows))))
@@ -288,16 +253,3 @@ def _loss(logits: Tensor, ids: Tensor) -> float:
     """The sum over tokens, nats."""
     targets = ids[:, 1:].flatten().to(logits.device)
     return float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"))
-
-
-def _loaded(skeleton: Skeleton, parts: Sequence[str], *, has_head: bool = False) -> ExitStack:
-    """These parts of the model, there until the end of a ``with``."""
-    stack = ExitStack()
-    stack.callback(release_memory)
-    for name in parts:
-        stack.callback(skeleton.unload, name)
-        skeleton.load(name)
-    if has_head:
-        stack.callback(skeleton.unload, skeleton.architecture.head)
-        skeleton.load_head()
-    return stack

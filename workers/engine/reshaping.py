@@ -14,11 +14,13 @@ from workers.engine.checkpoint import Checkpoint
 from workers.engine.depth import leave_out_blocks
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
-from workers.techniques import DepthPruning, StructureOptions
+from workers.engine.width import leave_out_units
+from workers.techniques import DepthPruning, StructureOptions, WidthPruning
 
 # What each technique does: from the model as it is to the checkpoint of its new shape, and metrics for the report.
 _CHANGES: Mapping[type[StructureOptions], Callable[[Shaping, Any], tuple[Checkpoint, dict[str, Any]]]] = {
     DepthPruning: leave_out_blocks,
+    WidthPruning: leave_out_units,
 }
 
 

@@ -32,7 +32,7 @@ class Skeleton:
         self.checkpoint = checkpoint
         self.architecture = architecture
         self.device = device
-        self.model = _empty_model(checkpoint, architecture)
+        self.model = empty_model(checkpoint, architecture)
         self._move_buffers()
         self._check_names()
         self._check_shapes()
@@ -72,6 +72,13 @@ class Skeleton:
         """Out_features and in_features of a linear layer, loaded or not."""
         rows, columns = self.module(name).get_parameter("weight").shape
         return (columns, rows) if self.architecture.is_transposed else (rows, columns)
+
+    @property
+    def matrix_shapes(self) -> dict[str, list[int]]:
+        """Rows and columns of the embedding, and out_features and in_features of the layers of all blocks."""
+        embedding = self.architecture.embedding
+        layers = {name: list(self.linear_shape(name)) for name in self.block_layers}
+        return {embedding: list(self.module(embedding).get_parameter("weight").shape), **layers}
 
     def num_weights(self, name: str) -> int:
         """Of a linear layer, loaded or not."""
@@ -251,7 +258,7 @@ def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor
     return hidden_states
 
 
-def _empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
+def empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
     """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
     auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
     try:

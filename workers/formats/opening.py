@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
@@ -161,6 +161,18 @@ def expand_archive(folder: Path, output: Path) -> None:
         loader_of(folder).write_dense(folder, output)
     except ValueError as error:
         raise _refused(folder, error) from error
+
+
+def matrix_shape(module: Any) -> list[int]:
+    """Of a linear layer out_features and in_features, of an embedding rows and columns, however it holds its values.
+
+    Opening has compared them with what is stored.
+    """
+    if isinstance(module, Conv1D):
+        return [module.nf, module.nx]
+    if isinstance(module, nn.Embedding):
+        return [module.num_embeddings, module.embedding_dim]
+    return [module.out_features, module.in_features]
 
 
 def _from_pretrained(folder: Path, architecture: Architecture, **options: Any) -> tuple[Any, Mapping[str, Any]]:

@@ -6,14 +6,18 @@ One module a technique: whether a model can become what the stage wants, and the
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from workers.shapes.depth import config_of_fewer_blocks
-from workers.techniques import DepthPruning, Iterate, Stage, StructureOptions
+from workers.shapes.width import config_of_smaller_widths, widths_of
+from workers.sources.facts import ModelFacts
+from workers.techniques import DepthPruning, Iterate, Stage, StructureOptions, WidthPruning
 
 # Of a stage, its index in the recipe and the config before it: the config after it, as far as it is known before.
 _RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
     DepthPruning: config_of_fewer_blocks,
+    WidthPruning: config_of_smaller_widths,
 }
 
 
@@ -29,3 +33,15 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
         if isinstance(inner, StructureOptions):
             config = _RULES[type(inner)](inner, index, config)
     return config
+
+
+def facts_after(stages: Sequence[Stage], facts: ModelFacts) -> ModelFacts:
+    """What layers are compressed of: the facts with the config, and the columns, that ``stages`` leave.
+
+    Raises:
+        UserError: as :func:`config_after` says.
+    """
+    config = config_after(stages, facts.config)
+    if not any(isinstance(stage, WidthPruning) for stage in stages):
+        return replace(facts, config=config)
+    return replace(facts, config=config, linear_in_features=widths_of(config).in_features)

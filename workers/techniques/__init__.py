@@ -24,6 +24,7 @@ from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.structure_options import StructureOptions
 from workers.techniques.training_options import TrainingOptions
 from workers.techniques.wanda import Wanda
+from workers.techniques.width_pruning import WidthPruning
 
 Stage = Annotated[
     RoundToNearest
@@ -36,6 +37,7 @@ Stage = Annotated[
     | Wanda
     | SparseGPT
     | DepthPruning
+    | WidthPruning
     | LogitDistillation
     | FineTuning
     | Iterate,
@@ -68,4 +70,5 @@ __all__ = [
     "StructureOptions",
     "TrainingOptions",
     "Wanda",
+    "WidthPruning",
 ]

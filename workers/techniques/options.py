@@ -15,7 +15,9 @@ if TYPE_CHECKING:
     from workers.engine.layer import Layer
 
 Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
-Statistic = Literal["hessian", "input_norms", "input_absmax", "drift", "block_influence", "losses", "token_counts"]
+Statistic = Literal[
+    "hessian", "input_norms", "input_absmax", "drift", "block_influence", "losses", "token_counts", "unit_norms"
+]
 
 
 class OptionError(ValueError):

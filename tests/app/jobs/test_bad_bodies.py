@@ -16,6 +16,9 @@ NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 PRUNING = {"technique": "magnitude"}
 MIXED = {"technique": "mixed_precision", "group_size": 32}
 DEPTH = {"technique": "depth_pruning"}
+WIDTH = {"technique": "width_pruning"}
+# 48 channels, 32 columns of heads and 96 neurons are left of 64, 64 and 128.
+NARROW = {**WIDTH, "hidden_size": 48, "num_key_value_heads": 1, "intermediate_size": 96}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,33 @@ DEPTH = {"technique": "depth_pruning"}
             "recipe.stages[1].technique",
         ),
         ([PRUNING, {**DEPTH, "num_blocks": 1}], "stages_conflict", "recipe.stages[1].technique"),
+        ([WIDTH], "invalid_value", "recipe.stages[0].intermediate_size"),
+        (
+            [{**WIDTH, "intermediate_size": 64, "keep_intermediate": 0.5}],
+            "invalid_value",
+            "recipe.stages[0].keep_intermediate",
+        ),
+        ([{**WIDTH, "num_key_value_heads": 1, "keep_heads": 0.5}], "invalid_value", "recipe.stages[0].keep_heads"),
+        ([{**WIDTH, "hidden_size": 32, "keep_hidden": 0.5}], "invalid_value", "recipe.stages[0].keep_hidden"),
+        ([{**WIDTH, "intermediate_size": 0}], "invalid_value", "recipe.stages[0].intermediate_size"),
+        ([{**WIDTH, "keep_hidden": 1.0}], "invalid_value", "recipe.stages[0].keep_hidden"),
+        ([{**WIDTH, "intermediate_size": 64, "multiple_of": 8}], "invalid_value", "recipe.stages[0].multiple_of"),
+        ([{**WIDTH, "intermediate_size": 128}], "invalid_value", "recipe.stages[0].intermediate_size"),
+        ([{**WIDTH, "num_key_value_heads": 3}], "invalid_value", "recipe.stages[0].num_key_value_heads"),
+        ([{**WIDTH, "hidden_size": 50}], "invalid_value", "recipe.stages[0].hidden_size"),
+        ([NARROW, NARROW], "invalid_value", "recipe.stages[1].intermediate_size"),
+        ([PRUNING, NARROW], "stages_conflict", "recipe.stages[1].technique"),
+        ([NARROW, GPTQ], "group_size_fits_no_layer", "recipe.stages[1].group_size"),
+        (
+            [NARROW, {**GPTQ, "group_size": 32, "embeddings": True}],
+            "group_size_fits_not_all",
+            "recipe.stages[1].group_size",
+        ),
+        (
+            [NARROW, {**PRUNING, "mask_structure": "2:64"}],
+            "mask_structure_fits_no_layer",
+            "recipe.stages[1].mask_structure",
+        ),
         (["gptq"], "invalid_type", "recipe.stages[0]"),
         ([], "invalid_value", "recipe.stages"),
         ([PRUNING] * 33, "invalid_value", "recipe.stages"),
