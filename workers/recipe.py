@@ -197,6 +197,20 @@ class Recipe(_Part):
         return bool(self.statistics or self.plan_share or any(stage.needs for stage in self.early_stages))
 
     @property
+    def num_calibration_tokens(self) -> int | None:
+        """As many tokens of calibration text are enough; None where a stage counts those of all there is."""
+        if not self.needs_calibration:
+            return 0
+        if any("token_counts" in stage.needs for stage in self.early_stages):
+            return None
+        return self.num_read_tokens
+
+    @property
+    def num_read_tokens(self) -> int:
+        """As many tokens of calibration text are run through the model, if any are."""
+        return self.calibration.num_samples * self.calibration.max_seq_length
+
+    @property
     def calibrates_on_original(self) -> bool:
         """Whether calibration text goes through the layers as they were, and not through those compressed before.
 

@@ -13,11 +13,15 @@ from workers.engine.checkpoint import Checkpoint
 from workers.engine.depth import leave_out_blocks
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
-from workers.techniques import DepthPruning, StructureOptions
+from workers.engine.tying import tie_embeddings
+from workers.engine.vocabulary import leave_out_tokens
+from workers.techniques import DepthPruning, StructureOptions, TieEmbeddings, VocabularyPruning
 
 # What each technique does: from the model as it is to the checkpoint of its new shape, and metrics for the report.
 _CHANGES: Mapping[type[StructureOptions], Callable[[Shaping, Any], tuple[Checkpoint, dict[str, Any]]]] = {
     DepthPruning: leave_out_blocks,
+    VocabularyPruning: leave_out_tokens,
+    TieEmbeddings: tie_embeddings,
 }
 
 

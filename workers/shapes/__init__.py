@@ -9,11 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from workers.shapes.depth import config_of_fewer_blocks
-from workers.techniques import DepthPruning, Stage, StructureOptions
+from workers.shapes.tying import config_of_one_matrix
+from workers.shapes.vocabulary import config_of_fewer_tokens
+from workers.techniques import DepthPruning, Stage, StructureOptions, TieEmbeddings, VocabularyPruning
 
 # Of a stage, its index in the recipe and the config before it: the config after it, as far as it is known before.
 _RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
     DepthPruning: config_of_fewer_blocks,
+    VocabularyPruning: config_of_fewer_tokens,
+    TieEmbeddings: config_of_one_matrix,
 }
 
 

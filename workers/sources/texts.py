@@ -26,7 +26,7 @@ from workers.sources.labels import Labels
 from workers.sources.passages import Passages
 
 # Enough for any tokenizer: English has 4 to 5 characters a token. More would only cost time.
-_CHARACTERS_A_TOKEN = 12
+CHARACTERS_A_TOKEN = 12
 _MAX_CHARACTERS = 4 * 10**9
 # One document in three is evaluation's when both read the same source.
 _EVALUATION_EVERY = 3
@@ -50,9 +50,8 @@ def write_texts(
     """
     calibration, evaluation = recipe.calibration, recipe.evaluation
     needs_calibration = recipe.needs_calibration
-    calibration_budget = calibration.num_samples * calibration.max_seq_length if needs_calibration else 0
     with (
-        _TextFile(folder / "calibration.jsonl", calibration_budget) as calibrating,
+        _TextFile(folder / "calibration.jsonl", recipe.num_calibration_tokens) as calibrating,
         _TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
     ):
         sources = _Sources(model_roots, token, labels)
@@ -161,12 +160,13 @@ def _sides(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> It
 
 
 class _TextFile:
-    """A JSON Lines file of texts that wants ``num_tokens`` tokens' worth of them."""
+    """A JSON Lines file of texts that wants ``num_tokens`` tokens' worth of them, or all."""
 
-    def __init__(self, path: Path, num_tokens: int) -> None:
+    def __init__(self, path: Path, num_tokens: int | None) -> None:
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
-        self._wanted_characters = min(num_tokens * _CHARACTERS_A_TOKEN, _MAX_CHARACTERS)
+        wanted = _MAX_CHARACTERS if num_tokens is None else num_tokens * CHARACTERS_A_TOKEN
+        self._wanted_characters = min(wanted, _MAX_CHARACTERS)
         self._num_characters = 0
         self._num_removed_characters = 0
         self.num_documents = 0

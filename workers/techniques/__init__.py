@@ -19,6 +19,8 @@ from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.structure_options import StructureOptions
+from workers.techniques.tie_embeddings import TieEmbeddings
+from workers.techniques.vocabulary_pruning import VocabularyPruning
 from workers.techniques.wanda import Wanda
 
 Stage = Annotated[
@@ -31,7 +33,9 @@ Stage = Annotated[
     | Magnitude
     | Wanda
     | SparseGPT
-    | DepthPruning,
+    | DepthPruning
+    | VocabularyPruning
+    | TieEmbeddings,
     Field(discriminator="technique"),
 ]
 
@@ -56,5 +60,7 @@ __all__ = [
     "Stage",
     "StageOptions",
     "StructureOptions",
+    "TieEmbeddings",
+    "VocabularyPruning",
     "Wanda",
 ]
