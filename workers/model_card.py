@@ -67,6 +67,8 @@ def _comparison(task: str, quality: dict[str, Any]) -> str:
         ratio = f"; perplexity ratio {_with_error(quality, 'perplexity_ratio')}"
     elif quality["accuracy_difference"] is not None:
         ratio = f"; accuracy gained {_with_error(quality, 'accuracy_difference')}"
+    if quality["kl_divergence"] is None:
+        return f"No token of the original was compared: this model's tokenizer writes all of them otherwise{ratio}."
     return (
         f"KL divergence to the original {_with_error(quality, 'kl_divergence')} nats a {one}; same {what}\n"
         f"{100 * quality['top1_agreement']:.1f} % of the time{ratio}."

@@ -7,7 +7,7 @@ from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.sources.facts import ModelFacts
-from workers.techniques import DepthPruning, MixedPrecision
+from workers.techniques import DepthPruning, MixedPrecision, TieEmbeddings, VocabularyPruning
 
 
 def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
@@ -52,16 +52,28 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
 
     Values that are stored in full keep the source's type, of two bytes or more.
     """
-    stage, architecture = recipe.quantization, architecture_of(facts.config)
-    num_embeddings: int = facts.config["vocab_size"] * facts.config[architecture.size("embedding_size")]
-    part_left = _part_of_blocks_left(recipe, facts)
-    num_parameters = num_embeddings + int((facts.num_parameters - num_embeddings) * part_left)
+    stage = recipe.quantization
+    num_embeddings, num_others = _parts_left(recipe, facts)
+    num_parameters = num_embeddings + int(num_others * _part_of_blocks_left(recipe, facts))
     if stage is None or not recipe.stores_codes:
-        is_dense = recipe.cast is None and "quantization_config" not in facts.config and part_left == 1
+        is_dense = recipe.cast is None and "quantization_config" not in facts.config and not recipe.early_stages
         return max(2 * num_parameters, facts.parameter_bytes if is_dense else 0)
     num_bits = stage.widths[0] if isinstance(stage, MixedPrecision) else stage.facts.num_bits
     kept = 0 if stage.embeddings else num_embeddings
     return 2 * kept + (num_parameters - kept) * num_bits // 8
+
+
+def _parts_left(recipe: Recipe, facts: ModelFacts) -> tuple[int, int]:
+    """Values of the embedding, and of all else with every block, that stages are sure to leave."""
+    architecture, config = architecture_of(facts.config), facts.config
+    matrix: int = config["vocab_size"] * config[architecture.size("embedding_size")]
+    head = 0 if architecture.task == "classification" or architecture.is_tied(config) else matrix
+    num_others = facts.num_parameters - matrix
+    techniques = set(map(type, recipe.stages))
+    if VocabularyPruning in techniques:  # how many tokens stay, the text decides
+        bias = config["vocab_size"] if architecture.task == "masked" else 0
+        return 0, num_others - head - bias
+    return matrix, num_others - (head if TieEmbeddings in techniques else 0)
 
 
 def _part_of_blocks_left(recipe: Recipe, facts: ModelFacts) -> float:

@@ -28,9 +28,7 @@ def tie_embeddings(shaping: Shaping, stage: TieEmbeddings) -> tuple[Checkpoint, 
     embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
     shapes = {name: list(skeleton.model.get_parameter(name).shape) for name in (embedding, head)}
     if shapes[embedding] != shapes[head]:
-        raise _impossible(
-            f"the embedding has the shape {shapes[embedding]} and the head {shapes[head]}", shaping.index
-        )
+        raise _impossible(f"the embedding has the shape {shapes[embedding]} and the head {shapes[head]}", shaping.index)
     tied = architecture.tied_parameters(config)
     stored = set(checkpoint.parameters())
     means = {embedding: {"mean": [embedding, head], "embedding": [embedding], "head": [head]}[stage.keep]}

@@ -1,18 +1,18 @@
 """tokenizer.json with fewer tokens, so that text written with those that are left is written as before.
 
-Why it is, where V′ are the tokens that stay and a word's old tokens t₁ … tₙ are all in V′:
+Why it is, for a word whose old tokens are all kept:
 
 - **BPE.** A word's characters are merged pair by pair, the pair of the lowest rank first, the leftmost among equals.
-  No merge crosses the borders of the tᵢ, so what happened inside tᵢ is what happens to tᵢ's characters alone: every
-  symbol that was ever there is one of tᵢ's *own* merge path. V′ holds these paths (:meth:`TokenizerJson.closure`), and
-  of the merges, in their order, those stay whose two parts and whose result are in V′. By induction over the merges: the
-  symbols are the same, the old choice is still there and was the lowest of more, so it is chosen again; and where no
-  old merge was left, no new one is. With ``ignore_merges`` a word that is a token is looked up before: one that is no
-  old token is no new one.
+  No merge crosses the border of a token of the result, so what happened inside one is what happens to its characters
+  alone: every symbol that was ever there is on that token's *own* merge path. These paths are kept
+  (:meth:`TokenizerJson.closure`), and of the merges, in their order, those whose two parts and whose result are. By
+  induction over the steps: the symbols are the same as before, and the pair that was merged can still be; it was the
+  lowest of more, so it is the lowest again. Where no old merge was left, there is no new one. With ``ignore_merges`` a
+  word that is a token is looked up first: a word that was none is none now.
 - **WordPiece.** The longest token that begins at a place is taken. It is still there, and no longer one has come.
-- **Unigram.** The path of the highest sum of scores is taken, at a tie the one whose last token begins first. The old
+- **Unigram.** The path with the highest sum of scores is taken, at a tie the one whose last token begins first. The old
   path is still there with its sum, bit for bit, and no other sum has grown: an unknown character costs as much as
-  before, since the lowest score stays, and one that has become unknown costs more.
+  before, since a token of the lowest score is kept, and one that has become unknown costs more than it did.
 - **WordLevel.** A word is looked up.
 
 Normalizer, pre-tokenizer and decoder know no ids and stay as they are.
@@ -24,6 +24,7 @@ import copy
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
@@ -91,8 +92,8 @@ class TokenizerJson:
         symbols = list(self._characters(token))
         while True:
             found |= {self._id_of[symbol] for symbol in symbols if symbol in self._id_of}
-            ranked = [(self._rank[pair], place) for place, pair in enumerate(zip(symbols, symbols[1:], strict=False))
-                      if pair in self._rank]  # fmt: skip
+            pairs = enumerate(pairwise(symbols))
+            ranked = [(self._rank[pair], place) for place, pair in pairs if pair in self._rank]
             if not ranked:
                 return found
             _, place = min(ranked)

@@ -32,8 +32,13 @@ class VocabularyPruning(StructureOptions):
     ] = None
     keep: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)]],
-        Field(max_length=100_000, fail_fast=True, description="Tokens that stay always, as the vocabulary spells them."),
-    ] = []
+        Field(
+            default_factory=list,
+            max_length=100_000,
+            fail_fast=True,
+            description="Tokens that stay always, as the vocabulary spells them.",
+        ),
+    ]
     multiple_of: Annotated[
         int,
         Field(
