@@ -240,10 +240,11 @@ def _warn_of_retokenized(quality: dict[str, Any], emit: Emit) -> None:
     num_others, num_tokens = quality["num_retokenized"], quality["num_tokens"]
     if num_others > MUCH_RETOKENIZED * num_tokens:
         message = (
-            f"{num_others} of the evaluation's tokens are none of the result's, which writes them with others: the text "
-            "is not like the calibration text, whose tokens were kept."
+            f"Of the evaluation's tokens the result lacks {num_others}, and writes them with others: the text is not "
+            "like the calibration text, whose tokens were kept."
         )
-        emit({"event": "warning", "code": "much_retokenized", "message": message, "param": "recipe.evaluation.dataset"})
+        param = "recipe.evaluation.dataset"
+        emit({"event": "warning", "code": "much_retokenized", "message": message, "param": param})
 
 
 def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -265,7 +266,7 @@ def _prove_depth(model: Readable, num_blocks: int) -> None:
 
 
 def _prove_vocabulary(model: Readable, recipe: Recipe, vocab_size: int) -> None:
-    """The reopened artifact has as many tokens as the stages have left, and one matrix for them if that was asked."""
+    """The reopened artifact has as many tokens as the stages have left, and one matrix if that was asked for."""
     with model.running() as running:
         found = running.get_submodule(model.architecture.embedding).num_embeddings
         tied = dict(running.all_tied_weights_keys)

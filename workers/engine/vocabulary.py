@@ -102,18 +102,21 @@ class _Choice:
         limit = stage.num_tokens or len(self._name_of) + self._num_rows
         if (least := self._rows_of(kept)) > limit:
             raise self._invalid("num_tokens", f"must be at least {least}: so many tokens stay always")
+        num_rows = least
         for index in ranked:
             if counts.get(index, 0) < stage.min_count:
                 break
             more = self._tokens.closure(self._name_of[index]) - kept
-            if self._rows_of(kept) + self._rows_of(more) <= limit:
+            if num_rows + self._rows_of(more) <= limit:
                 kept |= more
-        self._fill(kept, ranked)
+                num_rows += self._rows_of(more)
+        self._fill(kept, num_rows, ranked)
         return kept
 
     def _required(self, skeleton: Skeleton, named: Collection[int]) -> set[int]:
         tokens = self._tokens
-        found = tokens.required()
+        # Tokens beyond the model's rows cost it nothing.
+        found = tokens.required() | {index for index in tokens.ids.values() if index >= self._num_rows}
         for number, token in enumerate(self._stage.keep):
             if token not in tokens.ids:
                 raise self._invalid(
@@ -126,21 +129,20 @@ class _Choice:
             found |= set(range(int(skeleton.model.config.pad_token_id) + 1))
         return found
 
-    def _fill(self, kept: set[int], ranked: Collection[int]) -> None:
-        """Add the next tokens until their number is the multiple that is asked for.
+    def _fill(self, kept: set[int], num_rows: int, ranked: Collection[int]) -> None:
+        """Add the next tokens until their number, now ``num_rows``, is the multiple that is asked for.
 
         Each comes alone: the shortest that is left out has all of its merge path among those that stay.
         """
-        wanted = math.ceil(self._rows_of(kept) / self._stage.multiple_of) * self._stage.multiple_of
+        wanted = math.ceil(num_rows / self._stage.multiple_of) * self._stage.multiple_of
         if wanted > self._rows_of(set(self._name_of) | kept):
             raise self._invalid("multiple_of", f"must be smaller: the model has not {wanted} tokens")
-        while self._rows_of(kept) < wanted:
+        while num_rows < wanted:
             for index in ranked:
-                is_next = index not in kept and index < self._num_rows
-                if is_next and self._tokens.closure(self._name_of[index]) <= kept | {index}:
+                is_next = num_rows < wanted and index not in kept and index < self._num_rows
+                if is_next and self._tokens.closure(self._name_of[index]) - kept == {index}:
                     kept.add(index)
-                    if self._rows_of(kept) == wanted:
-                        break
+                    num_rows += 1
 
     def _rows_of(self, ids: Collection[int]) -> int:
         """How many of the tokens have a row in the model; some tokenizers have more than that."""
