@@ -33,12 +33,11 @@ class VocabularyPruning(StructureOptions):
     keep: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=1000)]],
         Field(
-            default_factory=list,
             max_length=100_000,
             fail_fast=True,
             description="Tokens that stay always, as the vocabulary spells them.",
         ),
-    ]
+    ] = []  # noqa: RUF012 - pydantic copies it
     multiple_of: Annotated[
         int,
         Field(

@@ -15,6 +15,7 @@ NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 PRUNING = {"technique": "magnitude"}
 MIXED = {"technique": "mixed_precision", "group_size": 32}
 DEPTH = {"technique": "depth_pruning"}
+TOKENS = {"technique": "vocabulary_pruning"}
 
 
 @pytest.mark.parametrize(
@@ -48,6 +49,13 @@ DEPTH = {"technique": "depth_pruning"}
             "invalid_value",
             "recipe.stages[1].technique",
         ),
+        ([{**TOKENS, "min_count": 0}], "invalid_value", "recipe.stages[0].min_count"),
+        ([{**TOKENS, "num_tokens": 0}], "invalid_value", "recipe.stages[0].num_tokens"),
+        ([{**TOKENS, "num_tokens": 300, "multiple_of": 64}], "invalid_value", "recipe.stages[0].num_tokens"),
+        ([{**TOKENS, "keep": [""]}], "invalid_value", "recipe.stages[0].keep[0]"),
+        ([PRUNING, TOKENS], "stages_conflict", "recipe.stages[1].technique"),
+        ([{"technique": "tie_embeddings", "keep": "both"}], "invalid_value", "recipe.stages[0].keep"),
+        ([{"technique": "tie_embeddings"}], "nothing_changed", "recipe.stages[0].technique"),
         ([PRUNING, {**DEPTH, "num_blocks": 1}], "stages_conflict", "recipe.stages[1].technique"),
         (["gptq"], "invalid_type", "recipe.stages[0]"),
         ([], "invalid_value", "recipe.stages"),

@@ -168,14 +168,16 @@ UNKNOWN = "The parcel of quarks and sourdough number 7 was returned to the hadro
 @torch.inference_mode()
 def test_perplexities_compare_where_tokens_are_missing(name: str, tmp_path: Path) -> None:
     written(tmp_path / "model", name)
-    attempt = certified(tmp_path / "work", tmp_path / "model", recipe(STAGE, evaluation=[UNKNOWN]))
+    body = recipe(STAGE, evaluation=[UNKNOWN])
+    body["evaluation"]["max_seq_length"] = 256
+    attempt = certified(tmp_path / "work", tmp_path / "model", body)
     quality = attempt.report["quality"]
     (model, tokenizer), (after, new_tokenizer) = (
         opened(tmp_path / "model", "causal"),
         opened(attempt.artifact, "causal"),
     )
     ids, new = tokenizer(UNKNOWN).input_ids, new_tokenizer(UNKNOWN).input_ids
-    assert len(ids) < len(new) < 64
+    assert len(ids) < len(new) < 256
     nats = [
         float(nn.functional.cross_entropy(logits_of(each, these)[:-1], torch.tensor(these[1:]), reduction="sum"))
         for each, these in ((model, ids), (after, new))
@@ -215,6 +217,7 @@ def test_a_classifier_reads_each_text_by_its_own_tokenizer(has_labels: bool, tmp
     written(tmp_path / "model", "bert classes")
     texts = [*TASK[:6], UNKNOWN, *OTHERS]
     body = recipe(STAGE, evaluation=texts)
+    body["evaluation"]["max_seq_length"] = 256
     if has_labels:
         body["evaluation"]["dataset"]["labels"] = [0, 1, 2] * 3 + [0, 1]
     attempt = certified(tmp_path / "work", tmp_path / "model", body)
