@@ -15,6 +15,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from tests.workers.attempts import Attempt, certified, compressed, fetched
@@ -294,10 +295,10 @@ def test_positions_begin_where_they_did(tmp_path: Path) -> None:
     """RoBERTa's first position is the one after the padding token's id."""
     written(tmp_path / "model", "roberta masked")
     path = tmp_path / "model" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": 200}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "pad_token_id": 400}))
     attempt = compressed(tmp_path / "work", tmp_path / "model", recipe(STAGE))
     config = json.loads((attempt.artifact / "config.json").read_text())
-    assert (config["pad_token_id"], config["vocab_size"] < 600) == (200, True)
+    assert (config["pad_token_id"], config["vocab_size"] < 600) == (400, True)
     (model, tokenizer), (after, new_tokenizer) = (
         opened(tmp_path / "model", "masked"),
         opened(attempt.artifact, "masked"),
@@ -345,6 +346,10 @@ def test_all_of_the_text_is_counted_and_a_part_of_it_read(tmp_path: Path) -> Non
     assert read[0] == read[1] == 64
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     after: Any = transformers.AutoTokenizer.from_pretrained(found[1].artifact)
+    # The model reads the same samples: its layers are those of a job that counts nothing.
+    before, now = (load_file(each.artifact / "model.safetensors") for each in found)
+    for name, tensor in now.items():
+        assert name.startswith("transformer.wte") or torch.equal(tensor, before[name]), name
     assert after.convert_ids_to_tokens(after(texts[-1]).input_ids) == tokenizer.tokenize(
         texts[-1], add_special_tokens=True
     )
@@ -435,6 +440,21 @@ def test_a_tokenizer_that_reads_otherwise_with_fewer_tokens_is_refused(
     with pytest.raises(UserError) as caught:
         compress(attempt.work, attempt.request, attempt.events.append)
     assert caught.value.code == "tokenizer_not_reproduced"
+
+
+def test_an_unknown_character_costs_a_unigram_as_much_as_before() -> None:
+    """Its cost hangs on the lowest score of all: here that of a token that no text uses."""
+    from tokenizers import Tokenizer, models
+
+    pieces = [("<unk>", 0.0), ("a", -1.0), ("abc", -40.0), ("def", -40.0), ("cdef", -1.0), ("zz", -1000.0)]
+    before = Tokenizer(models.Unigram(pieces, unk_id=0))
+    assert before.encode("abcdef").tokens == ["abc", "def"]
+    tokens = TokenizerJson(before.to_str())
+    kept = sorted(tokens.required() | {2, 3, 4})
+    after = Tokenizer.from_str(tokens.pruned({old: new for new, old in enumerate(kept)}))
+    assert after.encode("abcdef").tokens == ["abc", "def"]
+    without = Tokenizer(models.Unigram(pieces[:-1], unk_id=0))
+    assert without.encode("abcdef").tokens == ["a", "b", "cdef"]
 
 
 @pytest.mark.parametrize(
