@@ -77,8 +77,11 @@ def _comparison(task: str, quality: dict[str, Any]) -> str:
 
 def _text(task: str, quality: dict[str, Any]) -> str:
     if task == "classification":
-        return f"{quality['num_windows']:,} held-out texts"
-    return f"{quality['num_tokens']:,} held-out tokens" + (", masked," if task == "masked" else "")
+        text = f"{quality['num_windows']:,} held-out texts"
+    else:
+        text = f"{quality['num_tokens']:,} held-out tokens" + (", masked," if task == "masked" else "")
+    others = quality["num_retokenized"]
+    return text if not others else f"{text} ({others:,} of what was read this model's tokenizer writes with others)"
 
 
 def _opening(opened: dict[str, str]) -> str:
