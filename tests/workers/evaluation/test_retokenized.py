@@ -57,8 +57,8 @@ def tables() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def measured(tables: tuple[torch.Tensor, torch.Tensor], windows: Any) -> Any:
-    models = [opened(Bigrams(table)) for table in tables]
-    return measure_retokenized(*models, windows, PAIR, lambda _: None)
+    original, artifact = (opened(Bigrams(table)) for table in tables)
+    return measure_retokenized(original, artifact, windows, PAIR, lambda _: None)
 
 
 def test_a_loss_is_the_sum_over_a_piece_shared_among_the_original_s_tokens(

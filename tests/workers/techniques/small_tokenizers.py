@@ -44,7 +44,7 @@ def write_tokenizer(folder: Path, kind: str, vocab_size: int = 600) -> None:
     tokenizer.train_from_iterator([*TASK, *OTHERS * 3], trainer)
     if kind in ("byte_fallback", "ignore_merges"):
         tokenizer = _changed(tokenizer, kind)
-    ids = {token: tokenizer.token_to_id(token) for token in special.values()}
+    ids = {token: tokenizer.get_vocab()[token] for token in special.values()}
     if kind in ("word_piece", "word_level"):
         sep, cls = (("[SEP]", ids["[SEP]"]), ("[CLS]", ids["[CLS]"]))
         tokenizer.post_processor = processors.BertProcessing(sep, cls)

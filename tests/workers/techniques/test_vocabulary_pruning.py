@@ -267,13 +267,14 @@ def test_options_say_how_many_tokens_stay(tmp_path: Path) -> None:
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
     counts = Counter(index for text in TASK for index in tokenizer(text).input_ids)
     sizes = {}
-    for name, options in {
+    settings: dict[str, dict[str, Any]] = {
         "all": {},
         "frequent": {"min_count": 40},
         "few": {"num_tokens": 290},
         "filled": {"multiple_of": 64},
         "kept": {"keep": ["Ġgluons", "Ġbread"]},
-    }.items():
+    }
+    for name, options in settings.items():
         attempt = compressed(tmp_path / name, tmp_path / "model", recipe({**STAGE, **options}))
         after: Any = transformers.AutoTokenizer.from_pretrained(attempt.artifact)
         config = json.loads((attempt.artifact / "config.json").read_text())
@@ -322,7 +323,7 @@ def test_settings_keep_naming_the_same_tokens(tmp_path: Path) -> None:
             settings |= {"bad_words_ids": [[gone], [ids["<extra>"], ids["<s>"]]], "do_sample": False}
         path.write_text(json.dumps(settings))
     attempt = certified(tmp_path / "work", tmp_path / "model", recipe(STAGE))
-    after = transformers.AutoTokenizer.from_pretrained(attempt.artifact).get_vocab()  # type: ignore[no-untyped-call]
+    after = transformers.AutoTokenizer.from_pretrained(attempt.artifact).get_vocab()
     config = json.loads((attempt.artifact / "config.json").read_text())
     settings = json.loads((attempt.artifact / "generation_config.json").read_text())
     # The row without a token that settings speak of stays, the last one.
