@@ -29,6 +29,7 @@ from tests.workers.techniques.small_tokenizers import (
     write_tokenizer,
 )
 from workers.architectures import Task
+from workers.certify import certify
 from workers.errors import UserError
 from workers.evaluation.retokenized import Pair, Piece, paired_windows
 from workers.formats.tokenizer_json import TokenizerJson
@@ -373,6 +374,23 @@ def test_other_stages_follow_and_go_before(tmp_path: Path) -> None:
         assert metrics["depth_pruning"]["num_blocks"] == config["num_hidden_layers"] == 1
         assert config["tie_word_embeddings"] == (number == 0)
         assert attempt.report["size"]["compression_ratio"] > 2
+
+
+@pytest.mark.parametrize("name", ["llama", "bert masked"])
+def test_models_that_are_read_by_block_are_measured_alike(name: str, tmp_path: Path) -> None:
+    written(tmp_path / "model", name)
+    stages = [STAGE, {"technique": "tie_embeddings"}][: 2 if name == "llama" else 1]
+    attempt = certified(tmp_path / "work", tmp_path / "model", recipe(*stages, evaluation=[UNKNOWN, *TASK]))
+    whole = attempt.report["quality"]
+    certify(attempt.work, attempt.request, attempt.events.append, memory_limit_bytes=1)
+    assert attempt.report["opened"] == {"original": "by_block", "artifact": "by_block"}
+    assert whole["num_retokenized"] > 0
+    by_block = attempt.report["quality"]
+    assert [name for name in whole if (whole[name] is None) != (by_block[name] is None)] == []
+    measured = [name for name in whole if whole[name] is not None]
+    assert [by_block[name] for name in measured] == pytest.approx(
+        [whole[name] for name in measured], rel=1e-3, abs=1e-7
+    )
 
 
 def test_it_may_be_done_again(tmp_path: Path) -> None:
