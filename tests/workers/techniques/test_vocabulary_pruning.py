@@ -393,6 +393,24 @@ def test_models_that_are_read_by_block_are_measured_alike(name: str, tmp_path: P
     )
 
 
+def test_a_tokenizer_of_older_files_gets_a_tokenizer_json(tmp_path: Path) -> None:
+    written(tmp_path / "model", "gpt2")
+    path = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(path.read_text())["model"]
+    (tmp_path / "model" / "vocab.json").write_text(json.dumps(content["vocab"]))
+    (tmp_path / "model" / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, content["merges"])]))
+    settings = {"tokenizer_class": "GPT2Tokenizer", "eos_token": "</s>", "bos_token": "<s>", "unk_token": "</s>"}
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    path.unlink()
+    attempt = certified(tmp_path / "work", tmp_path / "model", recipe(STAGE))
+    assert {path.name for path in attempt.artifact.iterdir()} & {"vocab.json", "merges.txt", "tokenizer.json"} == {
+        "tokenizer.json"
+    }
+    (_, tokenizer), (_, after) = opened(tmp_path / "model", "causal"), opened(attempt.artifact, "causal")
+    assert len(after) < 0.8 * len(tokenizer)
+    assert after.tokenize(TASK[3]) == tokenizer.tokenize(TASK[3])
+
+
 def test_it_may_be_done_again(tmp_path: Path) -> None:
     written(tmp_path / "model", "gpt2")
     once = compressed(tmp_path / "once", tmp_path / "model", recipe({**STAGE, "min_count": 30}))
