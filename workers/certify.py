@@ -27,7 +27,14 @@ from workers.model_card import model_card
 from workers.recipe import Recipe
 from workers.report import check_constraints, outcome_of, quality_part, report_of, speed_part
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import Iterate, MixedPrecision, PruningOptions, QuantizationOptions, TrainingOptions
+from workers.techniques import (
+    Iterate,
+    MixedPrecision,
+    PruningOptions,
+    QuantizationOptions,
+    TieEmbeddings,
+    TrainingOptions,
+)
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -35,6 +42,8 @@ Emit = Callable[[dict[str, Any]], None]
 LOGIT_TOLERANCE = 1e-3
 # A header is longer or shorter by some hundred bytes; below this ratio the weights themselves have grown.
 NEARLY_EQUAL = 0.98
+# A larger share of held-out tokens that the artifact's tokenizer has not is worth a warning.
+MUCH_RETOKENIZED = 0.05
 
 
 def certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes: int | None = None) -> dict[str, Any]:
@@ -83,17 +92,21 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     size = _check_size(work / "artifact", source, recipe)
     size["artifact_parameters"] = compressed["num_parameters"] if recipe.early_stages else size["original_parameters"]
     _prove_shape(artifact, compressed["num_blocks"], compressed["matrix_shapes"])
+    _prove_vocabulary(artifact, recipe, compressed["vocab_size"])
     _warn_of_size(size, emit)
     stages = _prove_stages(artifact, recipe, compressed["stages"])
     quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)))
+    _warn_of_retokenized(quality, emit)
     progress("certify.speed", 0.85)
     opened: dict[str, Readable] = {"original": original, "artifact": artifact}
     models = {name: each.model for name, each in opened.items() if isinstance(each, Opened)}
     generation: dict[str, Any] | None = None
     if task != "causal":
-        speeds = measure_reading(models, held_out.longest)
+        speeds = measure_reading(models, {"original": held_out.longest, "artifact": held_out.longest_of(artifact)})
     else:
-        speeds, texts = measure_speed(models, artifact.tokenizer, recipe.evaluation.prompt)
+        speeds, texts = measure_speed(
+            models, {name: each.tokenizer for name, each in opened.items()}, recipe.evaluation.prompt
+        )
         if texts:
             generation = {"prompt": recipe.evaluation.prompt, **{name: texts.get(name) for name in opened}}
     report = report_of(
@@ -233,6 +246,18 @@ def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
         emit({**warning, "code": "larger_than_original", "message": message})
 
 
+def _warn_of_retokenized(quality: dict[str, Any], emit: Emit) -> None:
+    """Say where the text that was measured is not the text whose tokens were kept."""
+    num_others, num_tokens = quality["num_retokenized"], quality["num_tokens"]
+    if num_others > MUCH_RETOKENIZED * num_tokens:
+        message = (
+            f"Of the evaluation's tokens the result lacks {num_others}, and writes them with others: the text is not "
+            "like the calibration text, whose tokens were kept."
+        )
+        param = "recipe.evaluation.dataset"
+        emit({"event": "warning", "code": "much_retokenized", "message": message, "param": param})
+
+
 def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
     for stage, report in zip(recipe.stages, stages, strict=True):
@@ -259,6 +284,18 @@ def _prove_shape(model: Readable, num_blocks: int, matrix_shapes: dict[str, list
                 raise CrashError(
                     "shape_not_reached", f"The artifact's {name} is of {rows_and_columns} where {shape} was to be left."
                 )
+
+
+def _prove_vocabulary(model: Readable, recipe: Recipe, vocab_size: int) -> None:
+    """The reopened artifact has as many tokens as the stages have left, and one matrix if that was asked for."""
+    with model.running() as running:
+        found = running.get_submodule(model.architecture.embedding).num_embeddings
+        tied = dict(running.all_tied_weights_keys)
+    if found != vocab_size:
+        raise CrashError("shape_not_reached", f"The artifact has {found} tokens where {vocab_size} were to be left.")
+    is_asked = any(isinstance(stage, TieEmbeddings) for stage in recipe.stages)
+    if is_asked and tied.get(f"{model.architecture.head}.weight") != f"{model.architecture.embedding}.weight":
+        raise CrashError("shape_not_reached", "The artifact's head is not its embedding.")
 
 
 def _prove_zeros(model: Readable, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -67,6 +67,8 @@ def _comparison(task: str, quality: dict[str, Any]) -> str:
         ratio = f"; perplexity ratio {_with_error(quality, 'perplexity_ratio')}"
     elif quality["accuracy_difference"] is not None:
         ratio = f"; accuracy gained {_with_error(quality, 'accuracy_difference')}"
+    if quality["kl_divergence"] is None:
+        return f"No token of the original was compared: this model's tokenizer writes all of them otherwise{ratio}."
     return (
         f"KL divergence to the original {_with_error(quality, 'kl_divergence')} nats a {one}; same {what}\n"
         f"{100 * quality['top1_agreement']:.1f} % of the time{ratio}."
@@ -75,8 +77,11 @@ def _comparison(task: str, quality: dict[str, Any]) -> str:
 
 def _text(task: str, quality: dict[str, Any]) -> str:
     if task == "classification":
-        return f"{quality['num_windows']:,} held-out texts"
-    return f"{quality['num_tokens']:,} held-out tokens" + (", masked," if task == "masked" else "")
+        text = f"{quality['num_windows']:,} held-out texts"
+    else:
+        text = f"{quality['num_tokens']:,} held-out tokens" + (", masked," if task == "masked" else "")
+    others = quality["num_retokenized"]
+    return text if not others else f"{text} ({others:,} of what was read this model's tokenizer writes with others)"
 
 
 def _opening(opened: dict[str, str]) -> str:

@@ -84,6 +84,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
             "num_parameters": skeleton.num_parameters,
             "num_blocks": skeleton.num_blocks,
             "matrix_shapes": skeleton.matrix_shapes,
+            "vocab_size": skeleton.checkpoint.config["vocab_size"],
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
             "num_timed_blocks": skeleton.num_blocks - journal.num_blocks,
             "num_calibration_tokens": sum(samples.numel() for samples in calibration),

@@ -21,7 +21,15 @@ from workers.engine.stream import Stream
 from workers.export import copy_companions, plain_config
 from workers.recipe import Output, Recipe
 from workers.stage_report import stage_report
-from workers.techniques import Iterate, LayerOptions, PruningOptions, StageOptions, StructureOptions, TrainingOptions
+from workers.techniques import (
+    Iterate,
+    LayerOptions,
+    PruningOptions,
+    StageOptions,
+    StructureOptions,
+    TrainingOptions,
+    VocabularyPruning,
+)
 from workers.texts import Texts
 from workers.training.model import CHECKPOINT, opened_again
 from workers.training.stage import TrainingStage
@@ -67,9 +75,12 @@ class Preparation:
         for first, stages in _runs(self._recipe.early_stages):
             journal = self._journal.inner(stage_name(first))
             is_whole = skeleton is teacher
+            if isinstance(stages[0], VocabularyPruning) and not is_whole:
+                # A student can learn of tokens that it has alone, and reads text by them.
+                teacher, _ = self._change(teacher, teacher, stages, first, journal)
             skeleton, reports = self._change(skeleton, teacher, stages, first, journal)
             # What learned its task before anything was taken from it is what a student learns from.
-            if is_whole and isinstance(stages[0], TrainingOptions):
+            if is_whole and isinstance(stages[0], TrainingOptions | VocabularyPruning):
                 teacher = skeleton
             for index, report in enumerate(reports, first):
                 self.reports.append(report)

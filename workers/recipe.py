@@ -249,6 +249,8 @@ class Recipe(_Part):
     def num_training_tokens(self) -> int | None:
         """How many tokens of the training text are read at most; None where that is decided by its length."""
         wanted = [stage.num_tokens for stage in self.training_stages]
+        if self._counts_tokens:
+            return None
         return None if None in wanted else max((num for num in wanted if num is not None), default=0)
 
     @property
@@ -264,7 +266,28 @@ class Recipe(_Part):
     @property
     def needs_calibration(self) -> bool:
         """Whether text is run through the model: for the stages, or for a plan of how to treat each layer."""
-        return bool(self.statistics or self.plan_share or any(stage.needs for stage in self.early_stages))
+        needed = frozenset[Statistic]().union(self.statistics, *(stage.needs for stage in self.early_stages))
+        if self.reads_training_text:  # text of the task is counted there
+            needed -= {"token_counts"}
+        return bool(needed or self.plan_share)
+
+    @property
+    def _counts_tokens(self) -> bool:
+        return any("token_counts" in stage.needs for stage in self.early_stages)
+
+    @property
+    def num_calibration_tokens(self) -> int | None:
+        """As many tokens of calibration text are enough; None where a stage counts those of all there is."""
+        if not self.needs_calibration:
+            return 0
+        if self._counts_tokens and not self.reads_training_text:
+            return None
+        return self.num_read_tokens
+
+    @property
+    def num_read_tokens(self) -> int:
+        """As many tokens of calibration text are run through the model, if any are."""
+        return self.calibration.num_samples * self.calibration.max_seq_length
 
     @property
     def calibrates_on_original(self) -> bool:

@@ -23,6 +23,7 @@ from workers.engine.text import (
 )
 from workers.evaluation.speed import check_prompt
 from workers.recipe import Recipe
+from workers.sources.texts import CHARACTERS_A_TOKEN
 from workers.sources.tokenizer_file import tokenizer_failures
 
 # Tokens whose logits the artifact has to give again, and in how many sequences an encoder reads them.
@@ -59,13 +60,26 @@ class Texts:
         return self._tokenizer
 
     def documents(self) -> Iterator[str]:
-        """The calibration text, a document at a time; nothing where no stage or plan needs it."""
+        """All of the calibration text, a document at a time; nothing where no stage or plan needs it."""
         return read_documents(self._source / "calibration.jsonl") if self._recipe.needs_calibration else iter(())
+
+    def of_task(self) -> Iterator[str]:
+        """The text that says what the model is used for: what it is trained on, or else calibrated with."""
+        return read_documents(self.training_path) if self._recipe.reads_training_text else self.documents()
 
     @property
     def training_path(self) -> Path:
         """The training text, with classes where it has them: JSON Lines."""
         return self._source / "training.jsonl"
+
+    def _documents_to_read(self) -> Iterator[str]:
+        """As many of them as the model reads, where there are more for a stage that counts tokens."""
+        left = self._recipe.num_read_tokens * CHARACTERS_A_TOKEN
+        for document in self.documents():
+            yield document
+            left -= len(document)
+            if left <= 0:
+                return
 
     def calibration(self, skeleton: Skeleton) -> list[Tensor]:
         """Samples × tokens for each length of samples; nothing where no stage or plan needs them."""
@@ -80,12 +94,12 @@ class Texts:
         wanted, param = self._recipe.calibration, "recipe.calibration.dataset"
         length = min(wanted.max_seq_length, skeleton.checkpoint.max_positions)
         if skeleton.architecture.task == "causal":
-            ids = tokenize(tokenizer, self.documents(), param=param)
+            ids = tokenize(tokenizer, self._documents_to_read(), param=param)
             samples = [calibration_samples(ids, wanted.num_samples, length, self._recipe.seed)]
             is_short = samples[0].numel() < wanted.num_samples * wanted.max_seq_length
         else:
             # Texts of people are as short as they are: only their number can fall short.
-            found = sequences(tokenizer, list(self.documents()), length, param=param, cuts=True)
+            found = sequences(tokenizer, list(self._documents_to_read()), length, param=param, cuts=True)
             chosen = chosen_sequences(found, wanted.num_samples, self._recipe.seed)
             samples = [ids for _, ids in of_one_length(chosen)]
             is_short = len(found) < wanted.num_samples

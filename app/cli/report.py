@@ -84,6 +84,8 @@ def _add_quality(table: Table, quality: Mapping[str, Any], task: str) -> None:
             _with_error(quality["perplexity"], quality.get("perplexity_standard_error"), 2),
             f"× {number(ratio, 3)}" if ratio is not None else "",
         )
+    if quality.get("num_retokenized"):
+        table.add_row("tokens that the result writes with others", "", number(quality["num_retokenized"], 0), "")
     if quality.get("kl_divergence") is not None:
         error = quality.get("kl_divergence_standard_error")
         table.add_row("KL to the original (nats)", "", _with_error(quality["kl_divergence"], error, 4), "")

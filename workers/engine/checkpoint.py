@@ -49,6 +49,8 @@ class Checkpoint:
         )
         self._name_on_disk: dict[str, str] = {}  # of tensors that this checkpoint has under another name than its files
         self._kept: dict[str, dict[int, Tensor]] = {}  # of parameters that are here in part, by dimension
+        # Of parameters that are means of others: the checkpoint that these are read from, and their names.
+        self._means: dict[str, tuple[Checkpoint, Sequence[str]]] = {}
 
     def with_blocks(self, kept: Sequence[int], config: Mapping[str, Any]) -> Checkpoint:
         """The same files read as a checkpoint of the ``kept`` blocks alone, in this order, with ``config``."""
@@ -95,6 +97,17 @@ class Checkpoint:
         other._kept = {name: kept for name, kept in self._kept.items() if name not in names}
         return other
 
+    def with_means(self, means: Mapping[str, Sequence[str]], config: Mapping[str, Any]) -> Checkpoint:
+        """The same files read as a checkpoint where some parameters are the mean of others, of one shape, or another's.
+
+        ``means`` says for each, which is stored or coded here too, what it is the mean of; ``config`` is the new one.
+        """
+        other = copy.copy(self)
+        other.config = dict(config)
+        other._means = self._means | {name: (self, list(sources)) for name, sources in means.items()}
+        other._kept = {name: kept for name, kept in self._kept.items() if name not in means}
+        return other
+
     def with_tokenizer(self, folder: Path) -> Checkpoint:
         """The same checkpoint with the tokenizer of ``folder``."""
         other = copy.copy(self)
@@ -128,7 +141,9 @@ class Checkpoint:
             UserError: ``non_finite_weights`` where a value is NaN or infinite.
         """
         module = name.removesuffix(".weight")
-        if self._coded is not None and name.endswith(".weight") and self._is_quantized(module):
+        if name in self._means:
+            tensor = self._mean(name)
+        elif self._coded is not None and name.endswith(".weight") and self._is_quantized(module):
             tensor = self._coded.decode(self._on_disk(module), self._stored_with_prefix(module))
         else:
             tensor = self.stored(name)
@@ -144,17 +159,25 @@ class Checkpoint:
 
     def shape(self, name: str) -> list[int] | None:
         """The shape of a parameter that is stored as it is, from its file's header; None for codes and missing ones."""
-        if name not in self._file_of or self._is_quantized(name.removesuffix(".weight")):
+        if name in self._means:
+            base, sources = self._means[name]
+            stored = base.shape(sources[0])
+            if stored is None:
+                return None
+            shape = stored
+        elif name not in self._file_of or self._is_quantized(name.removesuffix(".weight")):
             return None
-        with safe_open(self._file_of[name], framework="pt") as file:
-            shape = list(file.get_slice(self._stored_name[name]).get_shape())
+        else:
+            with safe_open(self._file_of[name], framework="pt") as file:
+                shape = list(file.get_slice(self._stored_name[name]).get_shape())
         for dimension, indices in self._kept.get(name, {}).items():
             shape[dimension] = indices.numel()
         return shape
 
     def as_stored(self, name: str) -> Tensor:
         """A parameter in the type of the checkpoint, dequantized where it is stored as codes."""
-        if name in self._file_of and not self._is_quantized(name.removesuffix(".weight")):
+        is_computed = name in self._means or self._is_quantized(name.removesuffix(".weight"))
+        if name in self._file_of and not is_computed:
             tensor = self._cut(name, self.stored(name))
             return tensor if self.cast is None else tensor.to(self.cast)
         return self.parameter(name).to(self.stored_dtype(name))
@@ -163,6 +186,9 @@ class Checkpoint:
         """The floating-point type of a parameter: of its values, or of its scales where it is stored as codes."""
         if self.cast is not None:
             return self.cast
+        if name in self._means:
+            base, sources = self._means[name]
+            return base.stored_dtype(sources[0])
         module = name.removesuffix(".weight")
         if self._coded is not None and self._is_quantized(module):
             return self._coded.dtype_of(self.stored(f"{module}.{self._coded.mark}"))
@@ -183,6 +209,15 @@ class Checkpoint:
         """Whether a linear layer is stored as codes and config.json says that it is not, or the reverse."""
         spared = None if self._coded is None else self._coded.spares(self._on_disk(module))
         return spared is not None and spared == self._is_quantized(module)
+
+    def _mean(self, name: str) -> Tensor:
+        """A parameter that is a mean, with the values that its type can store."""
+        base, sources = self._means[name]
+        # In place: each may be as large as all the rest that is in memory.
+        total = base.parameter(sources[0])
+        for source in sources[1:]:
+            total = total.add_(base.parameter(source))
+        return (total / len(sources)).to(self.stored_dtype(name))
 
     def _cut(self, name: str, tensor: Tensor) -> Tensor:
         for dimension, indices in self._kept.get(name, {}).items():

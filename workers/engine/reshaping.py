@@ -14,13 +14,17 @@ from workers.engine.checkpoint import Checkpoint
 from workers.engine.depth import leave_out_blocks
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
+from workers.engine.tying import tie_embeddings
+from workers.engine.vocabulary import leave_out_tokens
 from workers.engine.width import leave_out_units
-from workers.techniques import DepthPruning, StructureOptions, WidthPruning
+from workers.techniques import DepthPruning, StructureOptions, TieEmbeddings, VocabularyPruning, WidthPruning
 
 # What each technique does: from the model as it is to the checkpoint of its new shape, and metrics for the report.
 _CHANGES: Mapping[type[StructureOptions], Callable[[Shaping, Any], tuple[Checkpoint, dict[str, Any]]]] = {
     DepthPruning: leave_out_blocks,
     WidthPruning: leave_out_units,
+    VocabularyPruning: leave_out_tokens,
+    TieEmbeddings: tie_embeddings,
 }
 
 

@@ -8,19 +8,23 @@ from torch import Tensor
 
 from workers.formats.opening import Readable
 
+# Token ids that the original reads and those that the artifact reads, each sequences × tokens: of one text.
+Batch = tuple[Tensor, Tensor]
+
 
 def logits_of_both(
-    original: Readable, artifact: Readable, batches: Sequence[Tensor], progress: Callable[[float], None]
+    original: Readable, artifact: Readable, batches: Sequence[Batch], progress: Callable[[float], None]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The logits of both models for each of the batches of token ids (sequences × tokens), in order."""
+    """The logits of both models for each of the batches, in order."""
     limits = [model.waiting for model in (original, artifact) if model.waiting is not None]
-    num_tokens = sum(ids.numel() for ids in batches)
+    num_tokens = sum(map(_num_tokens, batches))
     done = 0.0
     for together in _runs(batches, min((limit.num_tokens for limit in limits), default=0)):
-        share = sum(ids.numel() for ids in together) / num_tokens
+        share = sum(map(_num_tokens, together)) / num_tokens
         progress_of = [_between(progress, done + share * part / 3, share / 3) for part in range(3)]
         before, after = (
-            model.read(together, report) for model, report in zip((original, artifact), progress_of[:2], strict=True)
+            model.read([batch[number] for batch in together], progress_of[number])
+            for number, model in enumerate((original, artifact))
         )
         finished = 0
         for group in _runs(together, min((limit.num_logits for limit in limits), default=0)):
@@ -34,15 +38,19 @@ def logits_of_both(
         done += share
 
 
-def _runs(batches: Sequence[Tensor], num_tokens: int) -> Iterator[Sequence[Tensor]]:
+def _num_tokens(batch: Batch) -> int:
+    return max(ids.numel() for ids in batch)
+
+
+def _runs(batches: Sequence[Batch], num_tokens: int) -> Iterator[Sequence[Batch]]:
     """As many batches in a row as have ``num_tokens`` tokens together, but at least one."""
     first = found = 0
-    for number, ids in enumerate(batches):
-        if number > first and found + ids.numel() > num_tokens:
+    for number, batch in enumerate(batches):
+        if number > first and found + _num_tokens(batch) > num_tokens:
             yield batches[first:number]
             first = number
             found = 0
-        found += ids.numel()
+        found += _num_tokens(batch)
     if batches:
         yield batches[first:]
 

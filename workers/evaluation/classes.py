@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.text import of_one_length
-from workers.evaluation.both import logits_of_both
+from workers.evaluation.both import Batch, logits_of_both
 from workers.evaluation.divergence import kl_divergence
 from workers.evaluation.estimates import Estimate, independent_mean
 from workers.evaluation.quality import check_finite
@@ -28,6 +28,7 @@ class ClassMeasures:
     original_logits: Tensor  # float64, sequences × classes
     logits: Tensor
     labels: Tensor | None  # the true classes, one a sequence
+    num_retokenized: int = 0  # tokens that were read, and that the artifact's tokenizer writes otherwise
 
     def to_report(self) -> dict[str, Any]:
         """The ``quality`` part of a report."""
@@ -42,6 +43,7 @@ class ClassMeasures:
             measured |= accuracies(self.labels, before, after)
         return {
             "num_tokens": self.num_tokens,
+            "num_retokenized": self.num_retokenized,
             "num_windows": len(before),
             "max_seq_length": self.max_seq_length,
             **{name: estimate.value for name, estimate in measured.items()},
@@ -89,31 +91,38 @@ def macro_f1(labels: Tensor, predicted: Tensor) -> tuple[float, Tensor]:
 def measure_classes(
     original: Readable,
     artifact: Readable,
-    sequences: Sequence[Tensor],
+    sequences: Sequence[Batch],
     labels: Sequence[int] | None,
     progress: Callable[[float], None],
+    *,
+    num_retokenized: int = 0,
 ) -> ClassMeasures:
-    """Run both models over the sequences of token ids; ``labels`` are their true classes, where they are known.
+    """Run both models over the sequences, each over its own ids; ``labels`` are the true classes, if they are known.
+
+    ``num_retokenized`` of the original's tokens are written otherwise in the artifact's.
 
     Raises:
         UserError: ``non_finite_evaluation`` where a model gives NaN or infinity.
     """
-    batches: list[Tensor] = []
+    batches: list[Batch] = []
     numbers: list[int] = []
-    for chosen, samples in of_one_length(sequences):
-        batches += torch.split(samples, max(1, _TOKENS_AT_A_TIME // samples.shape[1]))
-        numbers += chosen
+    for chosen, samples in of_one_length([ids for ids, _ in sequences]):
+        for places, others in of_one_length([sequences[number][1] for number in chosen]):
+            num_rows = max(1, _TOKENS_AT_A_TIME // max(samples.shape[1], others.shape[1]))
+            batches += zip(torch.split(samples[places], num_rows), torch.split(others, num_rows), strict=True)
+            numbers += [chosen[place] for place in places]
     read = logits_of_both(original, artifact, batches, progress)
     found = zip(*((before.double().cpu(), after.double().cpu()) for before, after in read), strict=True)
     order = torch.tensor(numbers).argsort()
     before, after = (torch.cat(logits)[order] for logits in found)
     check_finite(*(-logits.log_softmax(dim=-1).amax(dim=-1) for logits in (before, after)))
     return ClassMeasures(
-        sum(ids.numel() for ids in sequences),
-        max(ids.numel() for ids in sequences),
+        sum(ids.numel() for ids, _ in sequences),
+        max(ids.numel() for ids, _ in sequences),
         before,
         after,
         None if labels is None else torch.tensor(labels),
+        num_retokenized,
     )
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from workers.formats.opening import Readable
 # Of the tokens of a window that are no special ones, as many are masked as in BERT's training (Devlin et al. 2019).
 MASKED_FRACTION = 0.15
 # Logits that are turned into probabilities at a time, of which there are some ten copies.
-_VALUES_AT_A_TIME = 1 << 22
+VALUES_AT_A_TIME = 1 << 22
+_W = TypeVar("_W")
 _LARGEST_LOSS = 700.0  # its exponential is about the largest float64
 
 
@@ -41,15 +42,19 @@ class TokenMeasures:
     loss: Tensor
     divergence: Tensor  # KL(original ‖ artifact), nats
     agreement: Tensor  # 1 where both find the same token most likely
+    num_retokenized: int = 0  # tokens that were read, and that the artifact's tokenizer writes otherwise
 
     def to_report(self) -> dict[str, Any]:
         """The ``quality`` part of a report."""
         original, artifact = perplexity(self.original_loss), perplexity(self.loss)
         # Both models read the same tokens: the error of their ratio comes from the paired differences.
         ratio = perplexity(self.loss - self.original_loss)
-        divergence, agreement = mean_with_error(self.divergence), mean_with_error(self.agreement)
+        compared = {"kl_divergence": self.divergence, "top1_agreement": self.agreement}
+        # There are none where the artifact's tokenizer writes every scored token otherwise.
+        means = {name: mean_with_error(values) for name, values in compared.items() if values.numel()}
         return {
             "num_tokens": self.loss.numel(),
+            "num_retokenized": self.num_retokenized,
             "num_windows": self.num_windows,
             "max_seq_length": self.max_seq_length,
             "original_perplexity": original.value,
@@ -58,10 +63,8 @@ class TokenMeasures:
             "perplexity_standard_error": artifact.standard_error,
             "perplexity_ratio": ratio.value,
             "perplexity_ratio_standard_error": ratio.standard_error,
-            "kl_divergence": divergence.value,
-            "kl_divergence_standard_error": divergence.standard_error,
-            "top1_agreement": agreement.value,
-            "top1_agreement_standard_error": agreement.standard_error,
+            **{name: mean.value for name, mean in means.items()},
+            **{f"{name}_standard_error": mean.standard_error for name, mean in means.items()},
         }
 
 
@@ -72,7 +75,7 @@ def windows_of(ids: Tensor, num_tokens: int, max_seq_length: int) -> list[Window
         UserError: ``empty_dataset`` where no window has two tokens, one to read and one to score.
     """
     cut = [window for window in torch.split(ids[:num_tokens], max_seq_length) if window.numel() > 1]
-    return _not_empty([Window(ids, torch.arange(ids.numel() - 1), ids[1:]) for ids in cut])
+    return not_empty([Window(ids, torch.arange(ids.numel() - 1), ids[1:]) for ids in cut])
 
 
 def masked_windows(sequences: list[Tensor], mask_token: int, special_tokens: frozenset[int]) -> list[Window]:
@@ -85,13 +88,19 @@ def masked_windows(sequences: list[Tensor], mask_token: int, special_tokens: fro
     """
     windows = []
     for number, ids in enumerate(sequences):
-        ordinary = torch.tensor([index for index, token in enumerate(ids.tolist()) if token not in special_tokens])
-        if not ordinary.numel():
-            continue
-        shuffled = torch.randperm(ordinary.numel(), generator=torch.Generator().manual_seed(number))
-        chosen = ordinary[shuffled[: max(1, round(MASKED_FRACTION * ordinary.numel()))].sort().values]
-        windows.append(Window(ids.index_fill(0, chosen, mask_token), chosen, ids[chosen]))
-    return _not_empty(windows)
+        chosen = choose_masked(ids.tolist(), special_tokens, number)
+        if chosen is not None:
+            windows.append(Window(ids.index_fill(0, chosen, mask_token), chosen, ids[chosen]))
+    return not_empty(windows)
+
+
+def choose_masked(ids: Sequence[int], special_tokens: frozenset[int], number: int) -> Tensor | None:
+    """Which positions of the sequence with this number are masked; None where all its tokens are special ones."""
+    ordinary = torch.tensor([index for index, token in enumerate(ids) if token not in special_tokens])
+    if not ordinary.numel():
+        return None
+    shuffled = torch.randperm(ordinary.numel(), generator=torch.Generator().manual_seed(number))
+    return ordinary[shuffled[: max(1, round(MASKED_FRACTION * ordinary.numel()))].sort().values]
 
 
 @torch.inference_mode()
@@ -104,19 +113,18 @@ def measure(
         UserError: ``non_finite_evaluation`` where a model gives NaN or infinity.
     """
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    read = logits_of_both(original, artifact, [window.ids.unsqueeze(0) for window in windows], progress)
+    batches = [window.ids.unsqueeze(0) for window in windows]
+    read = logits_of_both(original, artifact, [(ids, ids) for ids in batches], progress)
     for window in windows:
         before, after = next(read)
-        num_rows = max(1, _VALUES_AT_A_TIME // before.shape[-1])
+        num_rows = max(1, VALUES_AT_A_TIME // before.shape[-1])
         for chunk in torch.split(torch.arange(window.positions.numel()), num_rows):
             positions, targets = (each[chunk].to(before.device) for each in (window.positions, window.targets))
             parts.append(_compare(before[0, positions].float(), after[0, positions].float(), targets))
         del before, after  # they may be large, and are not to be there with the next ones
-    measures = TokenMeasures(
-        len(windows),
-        max(window.ids.numel() for window in windows),
-        *(torch.cat(values) for values in zip(*parts, strict=True)),
-    )
+    original_loss, loss, divergence, agreement = (torch.cat(values) for values in zip(*parts, strict=True))
+    longest = max(window.ids.numel() for window in windows)
+    measures = TokenMeasures(len(windows), longest, original_loss, loss, divergence, agreement)
     check_finite(measures.original_loss, measures.loss)
     return measures
 
@@ -133,7 +141,8 @@ def check_finite(original: Tensor, artifact: Tensor) -> None:
             )
 
 
-def _not_empty(windows: list[Window]) -> list[Window]:
+def not_empty(windows: list[_W]) -> list[_W]:
+    """The windows; raises UserError ``empty_dataset`` where there are none."""
     if not windows:
         raise UserError(
             "empty_dataset",

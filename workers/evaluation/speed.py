@@ -28,8 +28,10 @@ class Speed:
 
 
 @torch.inference_mode()
-def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tuple[dict[str, Speed], dict[str, str]]:
-    """The speed of each model, and what each writes after ``prompt``.
+def measure_speed(
+    models: Mapping[str, Any], tokenizers: Mapping[str, Any], prompt: str
+) -> tuple[dict[str, Speed], dict[str, str]]:
+    """The speed of each model, and what each writes after ``prompt``, with its own tokenizer.
 
     Models take turns, so that a machine that slows down slows all of them down. Models have to be warm.
     """
@@ -38,6 +40,7 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
     texts: dict[str, str] = {}
     for _ in range(NUM_ROUNDS):
         for name, model in models.items():
+            tokenizer = tokenizers[name]
             inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
             begin = time.perf_counter()
             _generate(model, inputs, 1)
@@ -53,15 +56,15 @@ def measure_speed(models: Mapping[str, Any], tokenizer: Any, prompt: str) -> tup
 
 
 @torch.inference_mode()
-def measure_reading(models: Mapping[str, Any], input_ids: torch.Tensor) -> dict[str, Speed]:
-    """How many tokens of a sequence each model reads in a second; models take turns, and have to be warm."""
+def measure_reading(models: Mapping[str, Any], input_ids: Mapping[str, torch.Tensor]) -> dict[str, Speed]:
+    """How many tokens of its sequence each model reads in a second; models take turns, and have to be warm."""
     rates: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(NUM_ROUNDS):
         for name, model in models.items():
             begin = time.perf_counter()
             for _ in range(PASSES_A_ROUND):
-                _read(model, input_ids)
-            rates[name].append(PASSES_A_ROUND * input_ids.numel() / (time.perf_counter() - begin))
+                _read(model, input_ids[name])
+            rates[name].append(PASSES_A_ROUND * input_ids[name].numel() / (time.perf_counter() - begin))
     return {name: Speed(None, statistics.median(values)) for name, values in rates.items()}
 
 

@@ -10,14 +10,26 @@ from dataclasses import replace
 from typing import Any
 
 from workers.shapes.depth import config_of_fewer_blocks
+from workers.shapes.tying import config_of_one_matrix
+from workers.shapes.vocabulary import config_of_fewer_tokens
 from workers.shapes.width import config_of_smaller_widths, widths_of
 from workers.sources.facts import ModelFacts
-from workers.techniques import DepthPruning, Iterate, Stage, StructureOptions, WidthPruning
+from workers.techniques import (
+    DepthPruning,
+    Iterate,
+    Stage,
+    StructureOptions,
+    TieEmbeddings,
+    VocabularyPruning,
+    WidthPruning,
+)
 
 # Of a stage, its index in the recipe and the config before it: the config after it, as far as it is known before.
 _RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
     DepthPruning: config_of_fewer_blocks,
     WidthPruning: config_of_smaller_widths,
+    VocabularyPruning: config_of_fewer_tokens,
+    TieEmbeddings: config_of_one_matrix,
 }
 
 

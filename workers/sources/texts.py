@@ -27,7 +27,7 @@ from workers.sources.labels import Labels
 from workers.sources.passages import Passages
 
 # Enough for any tokenizer: English has 4 to 5 characters a token. More would only cost time.
-_CHARACTERS_A_TOKEN = 12
+CHARACTERS_A_TOKEN = 12
 _MAX_CHARACTERS = 4 * 10**9
 # One document in three is evaluation's when both read the same source.
 _EVALUATION_EVERY = 3
@@ -53,10 +53,9 @@ def write_texts(
     Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`, and ``one_class``.
     """
     calibration, training, evaluation = recipe.calibration, recipe.training, recipe.evaluation
-    budget = calibration.num_samples * calibration.max_seq_length if recipe.needs_calibration else 0
     reads_training = training is not None and recipe.reads_training_text
     with (
-        _TextFile(folder / "calibration.jsonl", budget) as calibrating,
+        _TextFile(folder / "calibration.jsonl", recipe.num_calibration_tokens) as calibrating,
         _TextFile(folder / "training.jsonl", recipe.num_training_tokens if reads_training else 0) as training_file,
         _TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
     ):
@@ -207,7 +206,7 @@ class _TextFile:
     def __init__(self, path: Path, num_tokens: int | None) -> None:
         self._file = path.open("wb")
         self._digest = hashlib.sha256()
-        wanted = _MAX_CHARACTERS if num_tokens is None else num_tokens * _CHARACTERS_A_TOKEN
+        wanted = _MAX_CHARACTERS if num_tokens is None else num_tokens * CHARACTERS_A_TOKEN
         self._wanted_characters = min(wanted, _MAX_CHARACTERS)
         self.labels: set[int] = set()
         self._num_characters = 0

@@ -22,7 +22,9 @@ from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.structure_options import StructureOptions
+from workers.techniques.tie_embeddings import TieEmbeddings
 from workers.techniques.training_options import TrainingOptions
+from workers.techniques.vocabulary_pruning import VocabularyPruning
 from workers.techniques.wanda import Wanda
 from workers.techniques.width_pruning import WidthPruning
 
@@ -38,6 +40,8 @@ Stage = Annotated[
     | SparseGPT
     | DepthPruning
     | WidthPruning
+    | VocabularyPruning
+    | TieEmbeddings
     | LogitDistillation
     | FineTuning
     | Iterate,
@@ -68,7 +72,9 @@ __all__ = [
     "Stage",
     "StageOptions",
     "StructureOptions",
+    "TieEmbeddings",
     "TrainingOptions",
+    "VocabularyPruning",
     "Wanda",
     "WidthPruning",
 ]

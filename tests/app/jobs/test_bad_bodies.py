@@ -19,6 +19,7 @@ DEPTH = {"technique": "depth_pruning"}
 WIDTH = {"technique": "width_pruning"}
 # 48 channels, 32 columns of heads and 96 neurons are left of 64, 64 and 128.
 NARROW = {**WIDTH, "hidden_size": 48, "num_key_value_heads": 1, "intermediate_size": 96}
+TOKENS = {"technique": "vocabulary_pruning"}
 
 
 @pytest.mark.parametrize(
@@ -52,6 +53,13 @@ NARROW = {**WIDTH, "hidden_size": 48, "num_key_value_heads": 1, "intermediate_si
             "invalid_value",
             "recipe.stages[1].technique",
         ),
+        ([{**TOKENS, "min_count": 0}], "invalid_value", "recipe.stages[0].min_count"),
+        ([{**TOKENS, "num_tokens": 0}], "invalid_value", "recipe.stages[0].num_tokens"),
+        ([{**TOKENS, "num_tokens": 300, "multiple_of": 64}], "invalid_value", "recipe.stages[0].num_tokens"),
+        ([{**TOKENS, "keep": [""]}], "invalid_value", "recipe.stages[0].keep[0]"),
+        ([PRUNING, TOKENS], "stages_conflict", "recipe.stages[1].technique"),
+        ([{"technique": "tie_embeddings", "keep": "both"}], "invalid_value", "recipe.stages[0].keep"),
+        ([{"technique": "tie_embeddings"}], "nothing_changed", "recipe.stages[0].technique"),
         ([PRUNING, {**DEPTH, "num_blocks": 1}], "stages_conflict", "recipe.stages[1].technique"),
         ([WIDTH], "invalid_value", "recipe.stages[0].intermediate_size"),
         (

@@ -103,6 +103,34 @@ def test_the_bytes_that_a_recipe_needs_are_known_before(llama: Path, recipe: dic
     check_size(submission, facts)
 
 
+TOKENS = {"technique": "vocabulary_pruning", "num_tokens": 300}
+TIED = {"technique": "tie_embeddings"}
+CUT = {"technique": "depth_pruning", "num_blocks": 1, "keep_first": 0}
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [TOKENS], [TIED], [TIED, TOKENS], [TOKENS, TIED, CUT], [TOKENS, NEAREST],
+        [TOKENS, {**NEAREST, "embeddings": True}], [TIED, NEAREST],
+    ],
+)  # fmt: skip
+def test_headers_never_refuse_what_fewer_tokens_or_matrices_need(stages: list[dict[str, Any]], tmp_path: Path) -> None:
+    model = tmp_path / "roots" / "llama"
+    write_tiny_llama(model, tie=False)
+    found = tensor_bytes(compressed(tmp_path / "work", model, {"stages": stages}).artifact)
+    facts = inspect_model("file:llama", model_roots=[model.parent])
+
+    def check(limit: int) -> None:
+        body = {"model": {"id": "file:llama"}, "recipe": {"stages": stages}, "constraints": {"max_size_bytes": limit}}
+        check_size(JobSubmission.model_validate(body), facts)
+
+    check(found)
+    # How many tokens are left is not known: all may be gone. What is left of the rest is.
+    with pytest.raises(UserError, match="at least"):
+        check(max(1, (found - 4 * 300 * 64) // 2))
+
+
 def test_such_a_job_ends_before_it_computes(llama: Path, tmp_path: Path) -> None:
     attempt = fetched(tmp_path / "work", llama, RECIPES[0], constraints={"max_size_bytes": 50_000})
     with pytest.raises(UserError, match="at least") as caught:

@@ -99,9 +99,8 @@ def _classifier(model: torch.nn.Module) -> Opened:
 def test_sequences_of_one_length_go_together_and_come_back_in_order() -> None:
     original = Counting()
     sequences = [torch.full((length,), first) for length, first in ((3, 9), (5, 1), (3, 0), (2, 7))]
-    measures = measure_classes(
-        _classifier(original), _classifier(Counting(2.0)), sequences, [1, 0, 0, 0], lambda _: None
-    )
+    pairs = [(ids, ids) for ids in sequences]
+    measures = measure_classes(_classifier(original), _classifier(Counting(2.0)), pairs, [1, 0, 0, 0], lambda _: None)
     assert original.shapes == [(1, 2), (2, 3), (1, 5)]
     assert measures.original_logits.tolist() == [[3, 9], [5, 1], [3, 0], [2, 7]]
     report = measures.to_report()
@@ -112,5 +111,5 @@ def test_sequences_of_one_length_go_together_and_come_back_in_order() -> None:
 def test_a_classifier_that_gives_nan_is_named() -> None:
     broken = _classifier(Counting(math.nan))
     with pytest.raises(UserError, match="compressed model") as caught:
-        measure_classes(_classifier(Counting()), broken, [torch.tensor([1, 2])], None, lambda _: None)
+        measure_classes(_classifier(Counting()), broken, [(torch.tensor([1, 2]),) * 2], None, lambda _: None)
     assert caught.value.code == "non_finite_evaluation"

@@ -130,6 +130,14 @@ def test_reading_stops_when_there_is_enough(tmp_path: Path) -> None:
     assert described["evaluation"]["num_documents"] == len(read(tmp_path, "evaluation"))
 
 
+def test_all_of_the_text_is_there_for_a_stage_that_counts_its_tokens(tmp_path: Path) -> None:
+    documents = [f"Document {index} is about subject {index * index}, as told." for index in range(300)]
+    write(tmp_path, inline(*documents), inline("Mine."))
+    assert 0 < len(read(tmp_path, "calibration")) < 100
+    write(tmp_path, inline(*documents), inline("Mine."), stage={"technique": "vocabulary_pruning"})
+    assert read(tmp_path, "calibration") == documents
+
+
 def test_what_is_recorded_identifies_the_text(tmp_path: Path) -> None:
     first = write(tmp_path, inline("a", "b"), "builtin:python-docs")
     again = write(tmp_path, inline("a", "b"), "builtin:python-docs")
