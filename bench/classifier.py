@@ -160,6 +160,9 @@ def measure(name: str, epochs: float, student_epochs: float) -> None:
         ),
         "half, cut alone": run_job(f"{name}-half-cut", teacher, recipe_of(name, half), folder),
         "classifier-7x": run_job(f"{name}-7x", teacher, recipe_of(name, *preset), folder),
+        "classifier-7x, fewer tokens": run_job(
+            f"{name}-7x-tokens", teacher, recipe_of(name, {"technique": "vocabulary_pruning"}, *preset), folder
+        ),
     }
     labels, positive = [label for _, label in rows], TASKS[name].positive
     found = {each: predicted(artifact, rows) for each, artifact in made.items()}
@@ -176,6 +179,7 @@ def measure(name: str, epochs: float, student_epochs: float) -> None:
     print()
     for one, other in (
         ("classifier-7x", "teacher"),
+        ("classifier-7x, fewer tokens", "teacher"),
         ("half, distilled", "teacher"),
         ("half, distilled", "half, tuned without the teacher"),
         ("half, distilled", "half, cut alone"),

@@ -359,3 +359,24 @@ def test_a_tuned_model_opens_with_plain_transformers_and_gives_its_held_out_loss
         loss = float(opened(input_ids=ids, labels=ids).loss)
     [stage] = json.loads((attempt.work / "compressed.json").read_text())["stages"]
     assert loss == pytest.approx(stage["metrics"]["held_out_loss"], rel=0.15)
+
+
+def test_a_student_of_fewer_tokens_learns_from_the_teacher_without_the_others(tmp_path: Path) -> None:
+    write_body(tmp_path / "body", "bert")
+    stages = [
+        MAKE,
+        {"technique": "depth_pruning", "num_blocks": 1, "keep_last": 0},
+        {"technique": "vocabulary_pruning"},
+        {**{key: value for key, value in MAKE.items() if key != "task"}, "technique": "logit_distillation"},
+    ]
+    attempt = certified(tmp_path / "work", tmp_path / "body", {"stages": stages, **CLASSIFYING})
+    _, _, tokens, training = attempt.report["stages"]
+    assert tokens["metrics"]["vocab_size"] < tokens["metrics"]["original_vocab_size"]
+    assert training["metrics"]["curve"][-1]["held_out_accuracy"] > 0.9
+    assert attempt.report["quality"]["accuracy"] > 0.9
+
+
+def test_a_language_model_of_fewer_tokens_is_distilled(model: Path, tmp_path: Path) -> None:
+    recipe = recipe_of(CUT, {"technique": "vocabulary_pruning"}, {**DISTIL, "learning_rate": 3e-3, "num_steps": 12})
+    losses = curve_of(certified(tmp_path / "work", model, recipe), 2)
+    assert losses[-1] < losses[0]
