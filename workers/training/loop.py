@@ -16,7 +16,7 @@ from workers.errors import UserError
 from workers.techniques import TrainingOptions
 from workers.training.model import Whole
 from workers.training.objective import Objective
-from workers.training.samples import Augmented, Batch, Division, Order, Samples, collate
+from workers.training.samples import Augmented, Batch, Division, Order, Samples, collate, of_like_length
 from workers.training.step_journal import Curve, StepJournal
 
 # At most so much work is lost with a killed process, and what keeping a state takes.
@@ -223,10 +223,8 @@ class Loop:
         """The samples of a step, or of no step, in pieces; of like length together, so that little is padded."""
         corpus = self._corpus
         changed = None if corpus.augmented is None or step is None else corpus.augmented(step)
-        ordered = sorted(numbers, key=lambda number: (corpus.samples.length(number), number))
         size = self._stage.micro_batch_size or max(1, TOKENS_A_MICRO_BATCH // self._stage.max_seq_length)
-        for begin in range(0, len(ordered), size):
-            some = ordered[begin : begin + size]
+        for some in of_like_length(numbers, corpus.samples, size):
             yield collate(corpus.samples, some, corpus.padding, changed, causal=self._causal)
 
 

@@ -237,6 +237,18 @@ def collate(
     return Batch(list(numbers), ids, mask, targets)
 
 
+def of_like_length(numbers: Sequence[int], samples: Samples, most: int) -> Iterator[list[int]]:
+    """The samples in groups of at most ``most``, shortest first: in none is more than a third of the tokens padding."""
+    group: list[int] = []
+    for number in sorted(numbers, key=lambda number: (samples.length(number), number)):
+        if group and (len(group) == most or samples.length(number) > 1.5 * samples.length(group[0])):
+            yield group
+            group = []
+        group.append(number)
+    if group:
+        yield group
+
+
 class Augmented:
     """Leaves out and masks tokens by chance, the same for a sample at a step however often it is asked."""
 

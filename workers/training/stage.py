@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.engine.device import release_memory
+from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
 from workers.errors import UserError
@@ -89,7 +89,8 @@ class TrainingStage:
         loop = Loop(
             student, objective, corpus, stage, self.index, self.recipe.seed, masks, steps, self._told, self.measured
         )
-        curve, weights = loop.run()
+        with keeping_freed_memory():
+            curve, weights = loop.run()
         self.journal.decided_under.extend(steps.fingerprints)
         write_checkpoint(student, weights, folder / CHECKPOINT)
         release_memory()
