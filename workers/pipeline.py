@@ -77,6 +77,8 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     export(work / "artifact", skeleton, recipe, request, streamed, journal.parts)
     save_file({"input_ids": probe, "logits": streamed.probe_logits.contiguous()}, work / "probe.safetensors")
     reports = [stage_report(late, index, streamed, skeleton) for index in range(len(late.stages))]
+    if reports:
+        reports[-1]["metrics"] |= preparation.training_of_codes
     write_json(
         work / "compressed.json",
         {
@@ -103,7 +105,8 @@ class _Told:
     """Says how far the job is: a part of the time goes into the early stages, the rest into the stream."""
 
     def __init__(self, recipe: Recipe, emit: Emit) -> None:
-        times = [*(stage.relative_time for stage in recipe.early_stages), 1.0]
+        trained = recipe.stages[-1:] if recipe.trains_codes else []
+        times = [*(stage.relative_time for stage in (*recipe.early_stages, *trained)), 1.0]
         self._begins = [sum(times[:index]) / sum(times) for index in range(len(times) + 1)]
         self._num_early, self._last = len(recipe.early_stages), len(recipe.stages) - 1
         self._emit = emit

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from workers.disk import write_json
@@ -19,12 +20,14 @@ from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
 from workers.export import copy_companions, plain_config
+from workers.formats.parts import Parts
 from workers.recipe import Output, Recipe
 from workers.stage_report import stage_report
 from workers.techniques import (
     Iterate,
     LayerOptions,
     PruningOptions,
+    QuantizationAwareFineTuning,
     StageOptions,
     StructureOptions,
     TrainingOptions,
@@ -56,6 +59,7 @@ class Preparation:
         ``measured`` hears of what a stage that trains measures on its way, ``finished`` of each stage with its metrics.
         """
         self.reports: list[Report] = []
+        self.training_of_codes: dict[str, Any] = {}  # metrics, where the last stage trains what it then stores
         self._recipe = recipe
         self._texts = texts
         self._journal = journal
@@ -85,7 +89,23 @@ class Preparation:
             for index, report in enumerate(reports, first):
                 self.reports.append(report)
                 self._finished(index, report["metrics"])
+        if self._recipe.trains_codes:
+            index, last = len(self._recipe.stages) - 1, self._recipe.stages[-1]
+            assert isinstance(last, QuantizationAwareFineTuning)
+            skeleton, self.training_of_codes = self._train_codes(skeleton, teacher, last, index)
         return skeleton
+
+    def _train_codes(
+        self, skeleton: Skeleton, teacher: Skeleton, stage: QuantizationAwareFineTuning, index: int
+    ) -> tuple[Skeleton, dict[str, Any]]:
+        journal = self._journal.inner(stage_name(index))
+        codes: Path | None = None
+        if stage.initialization == "gptq":
+            beginning = journal.inner("beginning")
+            codes = beginning.folder / "codes"
+            if not journal.has("trained"):
+                self._compress_layers(skeleton, [stage.beginning], index, beginning, Parts(codes))
+        return self._train(skeleton, teacher, stage, index, journal, codes)
 
     def _change(
         self, skeleton: Skeleton, teacher: Skeleton, stages: Sequence[StageOptions], index: int, journal: Journal
@@ -110,7 +130,13 @@ class Preparation:
         return skeleton, [_report(stage, metrics)]
 
     def _train(
-        self, skeleton: Skeleton, teacher: Skeleton, stage: TrainingOptions, index: int, journal: Journal
+        self,
+        skeleton: Skeleton,
+        teacher: Skeleton,
+        stage: TrainingOptions,
+        index: int,
+        journal: Journal,
+        first_codes: Path | None = None,
     ) -> tuple[Skeleton, dict[str, Any]]:
         training = TrainingStage(
             stage,
@@ -123,14 +149,20 @@ class Preparation:
             partial(self._progress, index),
             partial(self._measured, index),
             keeps_zeros=self.keeps_zeros,
+            first_codes=first_codes,
         )
         metrics = training.run()
         return opened_again(journal.folder / CHECKPOINT, skeleton), metrics
 
     def _compress_layers(
-        self, skeleton: Skeleton, stages: Sequence[StageOptions], index: int, journal: Journal
+        self,
+        skeleton: Skeleton,
+        stages: Sequence[StageOptions],
+        index: int,
+        journal: Journal,
+        codes_too: Parts | None = None,
     ) -> tuple[Skeleton, list[Report]]:
-        """Run stages over all layers as the artifact's last ones are, and leave a checkpoint."""
+        """Run stages over all layers as the artifact's last ones are, and leave a checkpoint, and ``codes_too``."""
         recipe = self._recipe.with_stages(stages, index)
         recipe = recipe.model_copy(update={"output": Output(format="safetensors")})
         last = index + len(stages) - 1
@@ -140,9 +172,18 @@ class Preparation:
                 self._progress(last, step, block, num_blocks, fraction)
 
             calibration, probe = self._texts.calibration(skeleton), self._texts.probe(skeleton)
-            stream = Stream(skeleton, recipe, journal, progress, self._waiting_bytes, keeps_zeros=self.keeps_zeros)
+            stream = Stream(
+                skeleton,
+                recipe,
+                journal,
+                progress,
+                self._waiting_bytes,
+                keeps_zeros=self.keeps_zeros,
+                codes_too=codes_too,
+            )
             streamed = stream.run(calibration, probe)
-            check_changed(recipe, streamed, skeleton.checkpoint, journal.parts)
+            if codes_too is None:
+                check_changed(recipe, streamed, skeleton.checkpoint, journal.parts)
             folder = journal.folder / CHECKPOINT
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()

@@ -25,6 +25,7 @@ from workers.techniques import (
     Iterate,
     LayerOptions,
     PruningOptions,
+    QuantizationAwareFineTuning,
     QuantizationOptions,
     Stage,
     StageOptions,
@@ -208,12 +209,17 @@ class Recipe(_Part):
     @property
     def early_stages(self) -> Sequence[Stage]:
         """The stages before the last run of those that compress layers: each run of them leaves a whole model."""
-        return self.stages[: self._num_early(len(self.stages))]
-
-    def _num_early(self, end: int) -> int:
+        end = len(self.stages)
+        if self.trains_codes:
+            return self.stages[: end - 1]
         while end and isinstance(self.stages[end - 1], LayerOptions):
             end -= 1
-        return end
+        return self.stages[:end]
+
+    @property
+    def trains_codes(self) -> bool:
+        """Whether the last stage trains weights as the codes that it then stores."""
+        return isinstance(self.stages[-1], QuantizationAwareFineTuning)
 
     @property
     def late(self) -> Recipe:
@@ -269,7 +275,12 @@ class Recipe(_Part):
         needed = frozenset[Statistic]().union(self.statistics, *(stage.needs for stage in self.early_stages))
         if self.reads_training_text:  # text of the task is counted there
             needed -= {"token_counts"}
-        return bool(needed or self.plan_share)
+        return bool(needed or self.plan_share or self._begins_with_gptq)
+
+    @property
+    def _begins_with_gptq(self) -> bool:
+        last = self.stages[-1]
+        return isinstance(last, QuantizationAwareFineTuning) and last.initialization == "gptq"
 
     @property
     def _counts_tokens(self) -> bool:

@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 from workers.techniques import (
+    DistillationOptions,
     Iterate,
     LayerOptions,
-    LogitDistillation,
     MixedPrecision,
     PruningOptions,
     QuantizationOptions,
@@ -111,7 +111,7 @@ def check_training(stages: Sequence[Stage], training: Training | None) -> None:
                 "training_missing",
                 "training",
                 f"stages[{index}] trains and needs text; name a dataset"
-                + (", or set synthetic" if isinstance(stage, LogitDistillation) else ""),
+                + (", or set synthetic" if isinstance(stage, DistillationOptions) else ""),
             )
 
 

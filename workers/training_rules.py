@@ -9,7 +9,7 @@ from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.sources.labels import has_labels
-from workers.techniques import FineTuning, Iterate, LogitDistillation, TrainingOptions
+from workers.techniques import DistillationOptions, FineTuning, Iterate, TrainingOptions
 
 
 def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
@@ -35,14 +35,14 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
                 param=f"{param}.task",
                 hint="Leave task out; only the first stage, of an encoder, can make a classifier.",
             )
-        if isinstance(stage, LogitDistillation) and stage.synthetic is not None and task != "causal":
+        if isinstance(stage, DistillationOptions) and stage.synthetic is not None and task != "causal":
             raise UserError(
                 "unsupported_task",
                 "The model is no causal language model and writes no text.",
                 param=f"{param}.synthetic",
                 hint="Leave synthetic out and name a dataset in recipe.training.",
             )
-        needs_labels = task == "classification" and not (isinstance(stage, LogitDistillation) and stage.alpha == 0)
+        needs_labels = task == "classification" and not (isinstance(stage, DistillationOptions) and stage.alpha == 0)
         if needs_labels and recipe.training is not None and not has_labels(recipe.training):
             raise UserError(
                 "label_field_missing",

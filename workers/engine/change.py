@@ -33,6 +33,8 @@ def check_changed(recipe: Recipe, streamed: Streamed, checkpoint: Checkpoint, pa
                 param=recipe.param(index),
                 hint="Ask for more sparsity than the model already has.",
             )
+    if recipe.trains_codes:  # which were trained before, to what is stored now
+        return
     # Codes are another form of what they stand for, and so are the values of a source that had codes.
     is_stored_alike = not recipe.stores_codes and recipe.cast is None and "quantization_config" not in checkpoint.config
     if recipe.quantization is not None and is_stored_alike and _are_alike(checkpoint, parts):

@@ -22,6 +22,9 @@ from workers.errors import UserError
 _VALUES_AT_A_TIME = 1 << 20
 
 
+CODES = "codes.safetensors.part"  # beside the weights, of layers that were trained as codes; no loader's business
+
+
 class Checkpoint:
     """The tensors of a validated folder of safetensors files.
 
@@ -204,6 +207,14 @@ class Checkpoint:
         if self._coded is None or not self._is_quantized(module):
             return None
         return self._coded.input_quantizer(self._on_disk(module))
+
+    def trained_codes(self, module: str) -> dict[str, Tensor] | None:
+        """What a linear layer was trained as: codes, scales and zero-points; None where it was not trained so."""
+        if not (self.folder / CODES).exists():
+            return None
+        with safe_open(self.folder / CODES, framework="pt") as file:
+            names = [name for name in file.keys() if name.rpartition(".")[0] == module]  # noqa: SIM118
+            return {name.rpartition(".")[2]: file.get_tensor(name) for name in names} or None
 
     def contradicts_config(self, module: str) -> bool:
         """Whether a linear layer is stored as codes and config.json says that it is not, or the reverse."""

@@ -32,6 +32,7 @@ class Layer:
     quantized: QuantizedWeight | None = None
     input_scale: Tensor | None = None  # float32, in_features: what the layer reads comes divided by it
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
+    trained_codes: dict[str, Tensor] | None = None  # codes, scale and zero_point that it was trained as
 
     @property
     def statistics(self) -> InputStatistics:
@@ -75,6 +76,12 @@ class Layer:
         self.zeros = mask if self.zeros is None else self.zeros | mask
         self.weight = torch.where(self.zeros, 0.0, weight)
         return num_pruned
+
+    def take_over_codes(self, grid: Grid) -> None:
+        """Be quantized as it was trained."""
+        assert self.trained_codes is not None
+        parts = self.trained_codes
+        self.quantized = QuantizedWeight(parts["codes"], parts["scale"], parts["zero_point"], grid)
 
     def note_coarse_scales(self) -> None:
         """Have the report say how many groups are coarser than asked for, as float16 hardly has their scales."""

@@ -26,6 +26,7 @@ from workers.engine.statistics import InputStatistics
 from workers.engine.text import batches
 from workers.errors import UserError
 from workers.formats import codes, compressed_tensors, sparse_bitmask
+from workers.formats.parts import Parts
 from workers.recipe import Recipe
 from workers.solvers.quantization import Grid
 from workers.techniques import LayerOptions
@@ -45,13 +46,16 @@ class Stream:
         waiting_bytes: int,
         *,
         keeps_zeros: bool = False,
+        codes_too: Parts | None = None,
     ) -> None:
         """Waiting passes hold ``waiting_bytes`` in memory, and what is beyond in files: the result is the same.
 
-        With ``keeps_zeros`` weights that are zero were pruned before, and stay so.
+        With ``keeps_zeros`` weights that are zero were pruned before, and stay so. What stands for quantized layers is
+        also written to ``codes_too``, whatever the recipe's format.
         """
         self.skeleton = skeleton
         self._keeps_zeros = keeps_zeros
+        self._codes_too = codes_too
         self._waiting_bytes = waiting_bytes
         self.recipe = recipe
         self.journal = journal
@@ -119,6 +123,8 @@ class Stream:
                 skeleton.load(block)
             layers = self._compress_block(index, blocks, passes)
             with self._timed("write"):
+                if self._codes_too is not None:
+                    self._codes_too.write(part_name(index), _codes_of(layers))
                 self.journal.parts.write(part_name(index), self._tensors_of(block, layers))
             del layers
             release_memory()
@@ -286,6 +292,7 @@ class Stream:
             zeros=weight == 0 if self._keeps_zeros else None,
             stores_codes=self.recipe.stores_codes,
             unpacks_narrowly=self.recipe.quantizes_embeddings,
+            trained_codes=self.skeleton.checkpoint.trained_codes(name),
         )
 
     def _apply_stages(self, block: str, group: Sequence[str], layers: list[Layer], done: list[Layer]) -> None:
@@ -349,3 +356,13 @@ class Stream:
         begin = time.perf_counter()
         yield
         self.result.seconds[what] += time.perf_counter() - begin
+
+
+def _codes_of(layers: Sequence[Layer]) -> dict[str, Tensor]:
+    """Codes, scales and zero-points of the layers that are quantized, by ``LAYER.codes`` and so on."""
+    return {
+        f"{layer.name}.{part}": tensor
+        for layer in layers
+        if (found := layer.quantized) is not None
+        for part, tensor in (("codes", found.codes), ("scale", found.scale), ("zero_point", found.zero_point))
+    }

@@ -8,6 +8,7 @@ from pydantic import Field
 
 from workers.techniques.awq import AWQ
 from workers.techniques.depth_pruning import DepthPruning
+from workers.techniques.distillation_options import DistillationOptions
 from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.gptq import GPTQ
@@ -17,6 +18,7 @@ from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
 from workers.techniques.options import LayerOptions, StageOptions
 from workers.techniques.pruning_options import PruningOptions
+from workers.techniques.quantization_aware_finetuning import QuantizationAwareFineTuning
 from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.smoothquant import SmoothQuant
@@ -44,6 +46,7 @@ Stage = Annotated[
     | TieEmbeddings
     | LogitDistillation
     | FineTuning
+    | QuantizationAwareFineTuning
     | Iterate,
     Field(discriminator="technique"),
 ]
@@ -57,6 +60,7 @@ __all__ = [
     "GPTQ",
     "TECHNIQUES",
     "DepthPruning",
+    "DistillationOptions",
     "DynamicInt8",
     "FineTuning",
     "Iterate",
@@ -65,6 +69,7 @@ __all__ = [
     "Magnitude",
     "MixedPrecision",
     "PruningOptions",
+    "QuantizationAwareFineTuning",
     "QuantizationOptions",
     "RoundToNearest",
     "SmoothQuant",

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from workers.engine.device import training_products
 from workers.errors import UserError
-from workers.techniques import TrainingOptions
+from workers.techniques import QuantizationAwareFineTuning, TrainingOptions
 from workers.training.model import Whole
 from workers.training.objective import Objective
+from workers.training.rounding import LOG_SCALE
 from workers.training.samples import Augmented, Batch, Division, Order, Samples, collate, of_like_length
 from workers.training.step_journal import Curve, StepJournal
 
@@ -164,20 +165,20 @@ class Loop:
                 hint="Lower learning_rate or max_grad_norm, raise warmup_fraction, or set precision to float32.",
             )
         for group in self._optimizer.param_groups:
-            group["lr"] = self._rate(step)
+            group["lr"] = group["highest"] * self._rate(step)
         self._optimizer.step()
         return total
 
     def _rate(self, step: int) -> float:
-        """The learning rate of a step, from 0."""
+        """The learning rate of a step, from 0, as a part of the highest."""
         stage = self._stage
         warmup = math.ceil(stage.warmup_fraction * self.num_steps)
         if step < warmup:
-            return stage.learning_rate * (step + 1) / warmup
+            return (step + 1) / warmup
         done = (step - warmup) / max(1, self.num_steps - warmup)
         if stage.schedule == "cosine":
-            return stage.learning_rate * (_FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2)
-        return stage.learning_rate * (1 - done if stage.schedule == "linear" else 1.0)
+            return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
+        return 1 - done if stage.schedule == "linear" else 1.0
 
     @torch.no_grad()
     def _measure(self, curve: Curve, loss: float | None) -> None:
@@ -235,10 +236,15 @@ def thinned(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _optimizer(parameters: Mapping[str, torch.nn.Parameter], stage: TrainingOptions) -> torch.optim.AdamW:
-    """AdamW, arXiv:1711.05101; norms and biases do not decay."""
-    decaying = [each for each in parameters.values() if each.dim() > 1]
+    """AdamW, arXiv:1711.05101; norms, biases and scales do not decay."""
+    scales = [each for name, each in parameters.items() if name.endswith(f".{LOG_SCALE}")]
+    known = set(map(id, scales))
+    decaying = [each for each in parameters.values() if each.dim() > 1 and id(each) not in known]
     others = [each for each in parameters.values() if each.dim() <= 1]
-    groups = [{"params": decaying, "weight_decay": stage.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=stage.learning_rate, betas=(0.9, 0.95), fused=True
-    )
+    groups: list[dict[str, Any]] = [
+        {"params": decaying, "weight_decay": stage.weight_decay, "highest": stage.learning_rate},
+        {"params": others, "weight_decay": 0.0, "highest": stage.learning_rate},
+    ]
+    if isinstance(stage, QuantizationAwareFineTuning):
+        groups.append({"params": scales, "weight_decay": 0.0, "highest": stage.scale_learning_rate})
+    return torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), fused=True)

@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from workers.disk import flush, write_json
-from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint import CODES, Checkpoint
 from workers.engine.journal import part_name
 from workers.engine.outer import PART
 from workers.engine.skeleton import Skeleton
@@ -64,8 +66,19 @@ class Whole:
 
     def masks(self) -> dict[str, Tensor]:
         """By name, where weights of the blocks' linear layers are not zero (bool); nothing of layers without zeros."""
-        found = {f"{layer}.weight": self.model.get_parameter(f"{layer}.weight") for layer in self.skeleton.block_layers}
-        return {name: weight != 0 for name, weight in found.items() if not bool(weight.all())}
+        named = self.parameters()
+        rounded = ".parametrizations.weight.original"
+        names = [f"{layer}{end}" for layer in self.skeleton.block_layers for end in (".weight", rounded)]
+        return {name: named[name] != 0 for name in names if name in named and not bool(named[name].all())}
+
+    def begin_anew(self, seed: int) -> None:
+        """Give all weights the values that a new model begins with."""
+        torch.manual_seed(seed)
+        fresh: Any = type(self.model)(self.model.config)
+        values = dict(fresh.named_parameters())
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.copy_(values[name])
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """By name, tied ones once."""
@@ -94,8 +107,13 @@ def open_whole(skeleton: Skeleton, *, trains: bool) -> Whole:
     return Whole(model, skeleton)
 
 
-def write_checkpoint(whole: Whole, values: Mapping[str, Tensor], folder: Path) -> None:
-    """Write a checkpoint of these parameters, each in the type that it was stored in; complete or absent."""
+def write_checkpoint(
+    whole: Whole, values: Mapping[str, Tensor], folder: Path, codes: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write a checkpoint of these parameters, each in the type that it was stored in; complete or absent.
+
+    ``codes`` lie beside it: what :class:`workers.engine.checkpoint.Checkpoint` gives for layers trained as codes.
+    """
     skeleton, checkpoint = whole.skeleton, whole.skeleton.checkpoint
     temporary = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -111,6 +129,8 @@ def write_checkpoint(whole: Whole, values: Mapping[str, Tensor], folder: Path) -
     shutil.rmtree(parts.folder)
     write_json(temporary / "config.json", plain_config(checkpoint))
     copy_companions(checkpoint, temporary)
+    if codes:
+        save_file({name: tensor.cpu() for name, tensor in codes.items()}, temporary / CODES)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
     flush(folder.parent)

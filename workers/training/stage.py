@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,12 +16,13 @@ from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
 from workers.errors import UserError
 from workers.recipe import Recipe
-from workers.techniques import LogitDistillation, TrainingOptions
+from workers.techniques import DistillationOptions, QuantizationAwareFineTuning, TrainingOptions
 from workers.techniques.training_options import Augmentation
 from workers.texts import Texts
 from workers.training.loop import TOKENS_A_MICRO_BATCH, Corpus, Loop, thinned
 from workers.training.model import CHECKPOINT, Whole, open_whole, write_checkpoint
 from workers.training.objective import Objective, Weights, matched_blocks
+from workers.training.rounding import codes_of, round_weights, stored_values
 from workers.training.samples import (
     Augmented,
     Order,
@@ -52,6 +54,7 @@ class TrainingStage:
     progress: Progress
     measured: Callable[[dict[str, Any]], None]  # hears of each point of the loss curve
     keeps_zeros: bool = False  # whether weights of linear layers that are zero have to stay so
+    first_codes: Path | None = None  # a folder of parts: what layers that are trained as codes begin with
 
     def run(self) -> dict[str, Any]:
         """Train, leave the checkpoint in the journal's folder, and return what the report says of it.
@@ -73,6 +76,11 @@ class TrainingStage:
         division = divide(samples, stage.held_out_fraction, self.recipe.seed)
         padding = _padding(tokenizer)
         student = open_whole(self.student, trains=True)
+        if isinstance(stage, DistillationOptions) and stage.initialization == "random":
+            student.begin_anew(self.recipe.seed)
+        rounded = (
+            round_weights(student, stage, self.first_codes) if isinstance(stage, QuantizationAwareFineTuning) else {}
+        )
         soft = None if teacher is None else self._soft_targets(teacher, samples, padding)
         pairs = matched_blocks(self.student.num_blocks, self.teacher.num_blocks)
         objective = Objective(student, soft, self._weights(), pairs)
@@ -92,17 +100,17 @@ class TrainingStage:
         with keeping_freed_memory():
             curve, weights = loop.run()
         self.journal.decided_under.extend(steps.fingerprints)
-        write_checkpoint(student, weights, folder / CHECKPOINT)
+        write_checkpoint(student, stored_values(rounded, weights), folder / CHECKPOINT, codes_of(rounded, weights))
         release_memory()
         return _metrics(curve, loop.num_steps, samples, division.training.numel())
 
     def _has_teacher(self) -> bool:
         stage = self.stage
-        return isinstance(stage, LogitDistillation) and (stage.alpha < 1 or bool(stage.hidden_weight))
+        return isinstance(stage, DistillationOptions) and (stage.alpha < 1 or bool(stage.hidden_weight))
 
     def _weights(self) -> Weights:
         stage = self.stage
-        return Weights(stage.alpha, stage.hidden_weight) if isinstance(stage, LogitDistillation) else Weights()
+        return Weights(stage.alpha, stage.hidden_weight) if isinstance(stage, DistillationOptions) else Weights()
 
     def _told(self, curve: Curve, fraction: float) -> None:
         self.progress("train", curve.step, round(curve.step / fraction) if fraction else 0, fraction)
@@ -113,7 +121,7 @@ class TrainingStage:
         length = min(stage.max_seq_length, self.student.checkpoint.max_positions)
         if not self.journal.has("samples"):
             folder.mkdir(exist_ok=True)
-            synthetic = stage.synthetic if isinstance(stage, LogitDistillation) else None
+            synthetic = stage.synthetic if isinstance(stage, DistillationOptions) else None
             if synthetic is not None:
                 source = teacher or open_whole(self.teacher, trains=False)
                 seed = self.recipe.seed * 1_000_003 + self.index
@@ -130,7 +138,7 @@ class TrainingStage:
 
     def _soft_targets(self, teacher: Whole, samples: Samples, padding: int) -> Teacher:
         stage, causal = self.stage, self.student.architecture.task == "causal"
-        assert isinstance(stage, LogitDistillation)
+        assert isinstance(stage, DistillationOptions)
         if stage.teacher_top_k is None:
             return OnlineTeacher(teacher, stage.temperature, causal=causal)
         top_k = min(stage.teacher_top_k, self._num_outcomes())

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from workers.disk import flush, write_json
-from workers.techniques.logit_distillation import SyntheticText
+from workers.techniques.distillation_options import SyntheticText
 from workers.training.model import Whole
 from workers.training.samples import write_index
 
