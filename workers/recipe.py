@@ -19,7 +19,15 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from workers.recipe_rules import Packing, check_stages, check_training, packings_of
-from workers.techniques import TECHNIQUES, LayerOptions, PruningOptions, QuantizationOptions, Stage, TrainingOptions
+from workers.techniques import (
+    TECHNIQUES,
+    LayerOptions,
+    PruningOptions,
+    QuantizationOptions,
+    SlidingWindow,
+    Stage,
+    TrainingOptions,
+)
 from workers.techniques.options import Statistic
 from workers.techniques.schemes import ActivationGrid, SchemeFacts
 
@@ -269,6 +277,12 @@ class Recipe(_Part):
     def activations(self) -> ActivationGrid | None:
         """What quantized layers round their input to whenever the model runs; None where it stays as it is."""
         return None if self.quantization is None else self.quantization.activations
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens attention sees once all stages are done, if a stage gives it a window."""
+        windows = [stage.window for stage in self.stages if isinstance(stage, SlidingWindow)]
+        return windows[-1] if windows else None
 
     @property
     def quantization(self) -> QuantizationOptions | None:

@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from workers.architectures import architecture_of
+from workers.engine.attention import narrow_attention
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.depth import leave_out_blocks
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
-from workers.techniques import DepthPruning, StructureOptions
+from workers.techniques import DepthPruning, SlidingWindow, StructureOptions
 
 # What each technique does: from the model as it is to the checkpoint of its new shape, and metrics for the report.
 _CHANGES: Mapping[type[StructureOptions], Callable[[Shaping, Any], tuple[Checkpoint, dict[str, Any]]]] = {
     DepthPruning: leave_out_blocks,
+    SlidingWindow: narrow_attention,
 }
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from workers.shapes.attention import config_of_a_window
 from workers.shapes.depth import config_of_fewer_blocks
-from workers.techniques import DepthPruning, Stage, StructureOptions
+from workers.techniques import DepthPruning, SlidingWindow, Stage, StructureOptions
 
 # Of a stage, its index in the recipe and the config before it: the config after it, as far as it is known before.
 _RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
     DepthPruning: config_of_fewer_blocks,
+    SlidingWindow: config_of_a_window,
 }
 
 

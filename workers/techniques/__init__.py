@@ -18,6 +18,7 @@ from workers.techniques.options import LayerOptions, StageOptions
 from workers.techniques.pruning_options import PruningOptions
 from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.round_to_nearest import RoundToNearest
+from workers.techniques.sliding_window import SlidingWindow
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.structure_options import StructureOptions
@@ -35,6 +36,7 @@ Stage = Annotated[
     | Wanda
     | SparseGPT
     | DepthPruning
+    | SlidingWindow
     | LogitDistillation
     | FineTuning,
     Field(discriminator="technique"),
@@ -58,6 +60,7 @@ __all__ = [
     "PruningOptions",
     "QuantizationOptions",
     "RoundToNearest",
+    "SlidingWindow",
     "SmoothQuant",
     "SparseGPT",
     "Stage",
