@@ -153,6 +153,7 @@ def _or_none(estimate: Estimate) -> float | None:
     return None if math.isnan(estimate.standard_error) else estimate.standard_error
 
 
+@torch.inference_mode()
 def _losses(
     model: Readable, ids: Tensor, length: int, max_seq_length: int, progress: Callable[[float], None]
 ) -> Tensor:

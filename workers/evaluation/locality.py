@@ -79,7 +79,7 @@ class _Probe:
 
     def _forward(self, hidden_states: Tensor, *arguments: Any, **named: Any) -> Any:
         changed = hidden_states.clone()
-        changed[:, 0].neg_()
+        changed[:, 0] = -hidden_states[:, 1:].mean(dim=1)  # a padding token's own state may be zero
         other = _hidden(self._own(changed, *arguments, **named))[:, self._distance :]
         output = self._own(hidden_states, *arguments, **named)
         self.sees = not torch.equal(other, _hidden(output)[:, self._distance :])

@@ -41,9 +41,8 @@ def config_of_fewer_blocks(stage: DepthPruning, index: int, config: Mapping[str,
         raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
     left = num_blocks - stage.num_removed(num_blocks)
     own_name = architecture.size("num_hidden_layers")
-    sizes: dict[str, Any] = {
-        name: left for name in (own_name, "num_hidden_layers") if name == own_name or name in config
-    }
+    names = [name for name in (own_name, "num_hidden_layers") if name == own_name or name in config]
+    sizes: dict[str, Any] = dict.fromkeys(names, left)
     if has_kinds(config):
         kinds = kinds_of(windows_of(config))
         # Else it is measured later which blocks go: until then there are more kinds than blocks.

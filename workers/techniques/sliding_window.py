@@ -14,9 +14,7 @@ class SlidingWindow(StructureOptions):
     """A local window in place of full attention, as in arXiv:2004.05150 and, for language models, arXiv:2310.06825."""
 
     kind: ClassVar[Kind] = "attention"
-    summary: ClassVar[str] = (
-        "Lets each token see a window of the last ones alone: the KV cache grows no larger than that."
-    )
+    summary: ClassVar[str] = "Lets each token see a window of the last ones alone: the KV cache grows no larger."
 
     technique: Literal["sliding_window"] = "sliding_window"
     window: Annotated[
