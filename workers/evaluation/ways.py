@@ -149,7 +149,7 @@ def _reading_bytes(folder: Path, recipe: Recipe, original_bytes: int) -> tuple[i
     num_logits, mask_bytes = num_tokens * vocabulary_size, 0
     if recipe.window is not None:
         positions = architecture.max_positions(config)
-        longest = longest_context(recipe.window, positions, recipe.evaluation.num_tokens)
+        longest = max(recipe.window, longest_context(recipe.window, positions, recipe.evaluation.num_tokens))
         num_tokens, mask_bytes = max(num_tokens, longest), _MASK_BYTES * longest**2
     if architecture.task == "classification":
         num_tokens, num_logits = max(num_tokens, _TOKENS_OF_SEQUENCES), 0

@@ -16,6 +16,7 @@ NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 PRUNING = {"technique": "magnitude"}
 MIXED = {"technique": "mixed_precision", "group_size": 32}
 DEPTH = {"technique": "depth_pruning"}
+WINDOW = {"technique": "sliding_window"}
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,14 @@ DEPTH = {"technique": "depth_pruning"}
             "recipe.stages[1].technique",
         ),
         ([PRUNING, {**DEPTH, "num_blocks": 1}], "stages_conflict", "recipe.stages[1].technique"),
+        ([WINDOW], "invalid_value", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 7}], "invalid_value", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 512}], "invalid_value", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 64.0}], "invalid_type", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 64, "full_blocks": [0]}], "invalid_value", "recipe.stages[0].full_blocks"),
+        ([{**WINDOW, "window": 64, "full_blocks": [1, 1]}], "invalid_value", "recipe.stages[0].full_blocks"),
+        ([{**WINDOW, "window": 64}, {**WINDOW, "window": 64}], "invalid_value", "recipe.stages[1].window"),
+        ([PRUNING, {**WINDOW, "window": 64}], "stages_conflict", "recipe.stages[1].technique"),
         (["gptq"], "invalid_type", "recipe.stages[0]"),
         ([], "invalid_value", "recipe.stages"),
         ([PRUNING] * 33, "invalid_value", "recipe.stages"),
