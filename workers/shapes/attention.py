@@ -153,8 +153,10 @@ def _full_blocks(
                 "they are",
             )
         return full_now
-    if chosen is None or not is_known:
+    if chosen is None:
         return full_now if len(full_now) < len(before) else ()
+    if not is_known:  # the job asks again when it is
+        return ()
     if beyond := [block for block in chosen if block >= len(before)]:
         raise OptionError("full_blocks", f"must be below {len(before)}, the number of blocks, not {beyond[0]}")
     if narrow := [block for block in chosen if before[block] is not None]:

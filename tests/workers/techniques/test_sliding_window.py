@@ -165,7 +165,7 @@ def test_the_cache_has_as_many_bytes_as_that_of_transformers(model_type: str, tm
     original = write_model(tmp_path / "model", model_type)
     attempt = compressed(tmp_path / "work", original, {"stages": [stage_of()]})
     for folder in (original, attempt.artifact):
-        opened: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+        opened: Any = AutoModelForCausalLM.from_pretrained(folder)
         assert opened.dtype == torch.bfloat16
         for length in (WINDOW // 2, WINDOW, 3 * WINDOW, 100):
             ids = torch.arange(length).unsqueeze(0)
@@ -353,11 +353,12 @@ def test_an_artifact_whose_config_lost_the_window_is_refused(model: Path, tmp_pa
 def test_an_artifact_whose_attention_is_not_local_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from transformers.models.mistral import modeling_mistral
+    from transformers import masking_utils
 
     # As wide as the text whose logits are compared: those tell nothing.
     attempt = compressed(tmp_path / "work", model, {"stages": [stage_of(64)]})
-    monkeypatch.setattr(modeling_mistral, "create_sliding_window_causal_mask", modeling_mistral.create_causal_mask)
+    mistral = "transformers.models.mistral.modeling_mistral.create_sliding_window_causal_mask"
+    monkeypatch.setattr(mistral, masking_utils.create_causal_mask)
     with pytest.raises(CrashError) as caught:
         certify(attempt.work, attempt.request, attempt.events.append)
     assert caught.value.code == "not_local"
