@@ -517,3 +517,32 @@ def test_a_recipe_is_the_same_after_a_way_through_json() -> None:
     recipe = Recipe.model_validate({"stages": [stage_of(full_blocks=[1, 0]), stage_of(8)]})
     assert Recipe.model_validate(json.loads(recipe.model_dump_json())) == recipe
     assert recipe.window == 8
+
+
+@pytest.mark.parametrize("tokenizer_class", [None, "LlamaTokenizer", "GPT2Tokenizer"])
+def test_the_tokenizer_reads_as_it_did_whatever_class_the_type_has(tokenizer_class: str | None, tmp_path: Path) -> None:
+    original = write_model(tmp_path / "model", "llama")
+    write_pieces(original, tokenizer_class)
+    attempt = certified(tmp_path / "work", original, {"stages": [stage_of()]})
+    text = f"  {TEXTS[0]}\n\n\tan end  </s> 12345"
+    said, meant = (transformers.AutoTokenizer.from_pretrained(folder) for folder in (attempt.artifact, original))
+    assert said(text)["input_ids"] == meant(text)["input_ids"]
+    assert said.decode(said(text)["input_ids"]) == meant.decode(meant(text)["input_ids"])
+    assert (said.eos_token_id, said.bos_token_id) == (meant.eos_token_id, meant.bos_token_id)
+    assert str(tmp_path) not in (attempt.artifact / "tokenizer_config.json").read_text()
+
+
+def write_pieces(folder: Path, tokenizer_class: str | None) -> None:
+    """Write a tokenizer of pieces with byte fallback, as Llama 2 has it, of a class that may do more than it says."""
+    from tokenizers import Tokenizer, models, normalizers, trainers
+
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=384, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    names: dict[str, Any] = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    if tokenizer_class is not None:
+        names["tokenizer_class"] = tokenizer_class
+    (folder / "tokenizer_config.json").write_text(json.dumps(names))
