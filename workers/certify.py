@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from workers.disk import write_json
 from workers.engine.device import compute_device, peak_device_memory_bytes, return_freed_memory
 from workers.errors import CrashError, UserError, is_out_of_memory
+from workers.evaluation.context import Reading, context_part
 from workers.evaluation.held_out import HeldOut
+from workers.evaluation.locality import prove_windows
 from workers.evaluation.size import Packed, layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_reads, check_runs, measure_reading, measure_speed
 from workers.evaluation.ways import choose_ways, open_artifact, open_original, remove_expanded
@@ -32,6 +34,7 @@ from workers.techniques import (
     MixedPrecision,
     PruningOptions,
     QuantizationOptions,
+    SlidingWindow,
     TieEmbeddings,
     TrainingOptions,
 )
@@ -54,8 +57,9 @@ def certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes:
 
     Raises:
         CrashError: ``artifact_mismatch``, ``artifact_incomplete``, ``shape_not_reached``, ``zeros_missing``,
-            ``not_on_grid`` or ``size_exceeded``: the artifact is not what was computed.
-        UserError: ``not_smaller`` or ``non_finite_evaluation``.
+            ``not_on_grid``, ``window_missing``, ``not_local`` or ``size_exceeded``: the artifact is not what was
+            computed.
+        UserError: ``not_smaller``, ``nothing_changed`` or ``non_finite_evaluation``.
     """
     try:
         return _certify(work, request, emit, memory_limit_bytes)
@@ -93,10 +97,17 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     size["artifact_parameters"] = compressed["num_parameters"] if recipe.early_stages else size["original_parameters"]
     _prove_shape(artifact, compressed["num_blocks"], compressed["matrix_shapes"])
     _prove_vocabulary(artifact, recipe, compressed["vocab_size"])
+    if recipe.window is not None:
+        prove_windows(original, artifact, compressed["windows"], recipe.window)
     _warn_of_size(size, emit)
     stages = _prove_stages(artifact, recipe, compressed["stages"])
-    quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + 0.75 * done)))
+    share = 0.75 if recipe.window is None else 0.35
+    quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + share * done)))
     _warn_of_retokenized(quality, emit)
+    context: dict[str, Any] | None = None
+    if recipe.window is not None:
+        reading = Reading(work, recipe, held_out.ids, lambda done: progress("certify.context", 0.45 + 0.4 * done))
+        context = context_part(original, artifact, reading, emit)
     progress("certify.speed", 0.85)
     opened: dict[str, Readable] = {"original": original, "artifact": artifact}
     models = {name: each.model for name, each in opened.items() if isinstance(each, Opened)}
@@ -118,6 +129,7 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
             "opened": ways.to_report(),
             "size": size,
             "quality": quality,
+            "context": context,
             "speed": speed_part(opened, speeds),
             "generation": generation,
             "stages": stages,
@@ -191,8 +203,9 @@ def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[st
     # What contains a stage is what it contains.
     contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in recipe.stages]
     is_pruned = any(isinstance(stage, PruningOptions) for stage in contained)
-    # Training alone makes a model better, not smaller.
-    is_proven = has_few_values or is_pruned or all(isinstance(stage, TrainingOptions) for stage in recipe.stages)
+    # Training alone makes a model better, a window its cache smaller: neither has fewer weights.
+    keeps_weights = all(isinstance(stage, TrainingOptions | SlidingWindow) for stage in recipe.stages)
+    is_proven = has_few_values or is_pruned or keeps_weights
     if artifact_bytes >= original_bytes and recipe.stores_bitmasks:
         raise UserError(
             "not_smaller",

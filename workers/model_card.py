@@ -21,6 +21,7 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
     rows = [
         ("weights, bytes", f"{size['original_bytes']:,}", f"{size['artifact_bytes']:,}"),
         ("parameters", f"{size['original_parameters']:,}", f"{size['artifact_parameters']:,}"),
+        *_cache_row(report["context"]),
         *(
             (label, _with_error(quality, f"original_{name}", digits), _with_error(quality, name, digits))
             for label, name, digits in _QUALITY_ROWS
@@ -58,6 +59,14 @@ Layers that got something else than what was asked for: {fallbacks}; `report.jso
 {json.dumps(recipe, indent=2, ensure_ascii=False)}
 ```
 """
+
+
+def _cache_row(context: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Memory of the KV cache at the longest context, where a window makes it smaller."""
+    if context is None or context["max_positions"] is None:
+        return []
+    before, after = (context[f"{whose}kv_cache_bytes"] for whose in ("original_", ""))
+    return [(f"KV cache of {context['max_positions']:,} tokens, bytes", f"{before:,}", f"{after:,}")]
 
 
 def _comparison(task: str, quality: dict[str, Any]) -> str:

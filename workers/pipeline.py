@@ -26,6 +26,7 @@ from workers.fingerprint import change_of, fingerprint, made_under
 from workers.memory import free_bytes, waiting_bytes
 from workers.preparation import Preparation
 from workers.recipe import Recipe
+from workers.shapes.attention import windows_of
 from workers.sources.unchanged import check_unchanged
 from workers.stage_report import stage_report
 from workers.techniques import LayerOptions
@@ -87,6 +88,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
             "num_blocks": skeleton.num_blocks,
             "matrix_shapes": skeleton.matrix_shapes,
             "vocab_size": skeleton.checkpoint.config["vocab_size"],
+            "windows": None if recipe.window is None else windows_of(skeleton.checkpoint.config),
             "seconds": {name: round(value, 3) for name, value in streamed.seconds.items()},
             "num_timed_blocks": skeleton.num_blocks - journal.num_blocks,
             "num_calibration_tokens": sum(samples.numel() for samples in calibration),

@@ -27,6 +27,7 @@ from workers.techniques import (
     PruningOptions,
     QuantizationAwareFineTuning,
     QuantizationOptions,
+    SlidingWindow,
     Stage,
     StageOptions,
     TrainingOptions,
@@ -339,6 +340,12 @@ class Recipe(_Part):
     def activations(self) -> ActivationGrid | None:
         """What quantized layers round their input to whenever the model runs; None where it stays as it is."""
         return None if self.quantization is None else self.quantization.activations
+
+    @property
+    def window(self) -> int | None:
+        """How many tokens attention sees once all stages are done, if a stage gives it a window."""
+        windows = [stage.window for stage in self.stages if isinstance(stage, SlidingWindow)]
+        return windows[-1] if windows else None
 
     @property
     def quantization(self) -> QuantizationOptions | None:

@@ -13,9 +13,11 @@ from workers.techniques import (
     MixedPrecision,
     PruningOptions,
     QuantizationOptions,
+    SlidingWindow,
     Stage,
     StructureOptions,
     TrainingOptions,
+    VocabularyPruning,
 )
 from workers.techniques.schemes import PACKED_BITS, SchemeFacts
 
@@ -69,7 +71,8 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
             "output.format",
             f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
         )
-    if output.format == "sparse-bitmask" and not any(isinstance(stage, PruningOptions) for stage in stages):
+    contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in stages]
+    if output.format == "sparse-bitmask" and not any(isinstance(stage, PruningOptions) for stage in contained):
         raise RecipeError(
             "output_format_impossible",
             "output.format",
@@ -100,6 +103,13 @@ def _check_order(stages: Sequence[Stage]) -> None:
             )
         if first is None and isinstance(stage, LayerOptions | Iterate):
             first = index
+    techniques = [type(stage) for stage in stages]
+    if SlidingWindow in techniques and VocabularyPruning in techniques:
+        raise RecipeError(
+            "stages_conflict",
+            f"stages[{techniques.index(VocabularyPruning)}].technique",
+            "contexts are not measured across two tokenizers; give sliding_window and vocabulary_pruning a job each",
+        )
 
 
 def check_training(stages: Sequence[Stage], training: Training | None) -> None:

@@ -67,6 +67,10 @@ class Texts:
         """The text that says what the model is used for: what it is trained on, or else calibrated with."""
         return read_documents(self.training_path) if self._recipe.reads_training_text else self.documents()
 
+    def evaluation(self) -> Iterator[str]:
+        """The held-out text, a document at a time."""
+        return read_documents(self._source / "evaluation.jsonl")
+
     @property
     def training_path(self) -> Path:
         """The training text, with classes where it has them: JSON Lines."""
@@ -119,7 +123,7 @@ class Texts:
     def probe(self, skeleton: Skeleton) -> Tensor:
         """Sequences × tokens of the evaluation text, whose logits the artifact has to give."""
         tokenizer, param = self.tokenizer(skeleton), "recipe.evaluation.dataset"
-        documents = read_documents(self._source / "evaluation.jsonl")
+        documents = self.evaluation()
         if skeleton.architecture.task == "causal":
             return tokenize(tokenizer, documents, param=param)[:NUM_PROBE_TOKENS].unsqueeze(0)
         # A classifier gives one row of logits a sequence: several short ones say more than a long one.

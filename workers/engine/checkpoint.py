@@ -38,6 +38,7 @@ class Checkpoint:
         self.tokenizer_folder = folder
         self.cast = cast
         self.config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        self._stored_type = self.config.get("model_type")
         self._file_of: dict[str, Path] = {}
         self._stored_name: dict[str, str] = {}
         row = row_of(self.config)
@@ -111,11 +112,22 @@ class Checkpoint:
         other._kept = {name: kept for name, kept in self._kept.items() if name not in means}
         return other
 
+    def with_config(self, config: Mapping[str, Any]) -> Checkpoint:
+        """The same files read as a checkpoint with ``config``, which may be that of another type of model."""
+        other = copy.copy(self)
+        other.config = dict(config)
+        return other
+
     def with_tokenizer(self, folder: Path) -> Checkpoint:
         """The same checkpoint with the tokenizer of ``folder``."""
         other = copy.copy(self)
         other.tokenizer_folder = folder
         return other
+
+    @property
+    def has_stored_type(self) -> bool:
+        """Whether config.json, as it lies beside the files, is of this type of model."""
+        return bool(self.config.get("model_type") == self._stored_type)
 
     @property
     def max_positions(self) -> int:

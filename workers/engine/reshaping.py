@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from workers.architectures import architecture_of
+from workers.engine.attention import narrow_attention
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.depth import leave_out_blocks
 from workers.engine.shaping import Shaping
@@ -17,7 +18,14 @@ from workers.engine.skeleton import Skeleton
 from workers.engine.tying import tie_embeddings
 from workers.engine.vocabulary import leave_out_tokens
 from workers.engine.width import leave_out_units
-from workers.techniques import DepthPruning, StructureOptions, TieEmbeddings, VocabularyPruning, WidthPruning
+from workers.techniques import (
+    DepthPruning,
+    SlidingWindow,
+    StructureOptions,
+    TieEmbeddings,
+    VocabularyPruning,
+    WidthPruning,
+)
 
 # What each technique does: from the model as it is to the checkpoint of its new shape, and metrics for the report.
 _CHANGES: Mapping[type[StructureOptions], Callable[[Shaping, Any], tuple[Checkpoint, dict[str, Any]]]] = {
@@ -25,6 +33,7 @@ _CHANGES: Mapping[type[StructureOptions], Callable[[Shaping, Any], tuple[Checkpo
     WidthPruning: leave_out_units,
     VocabularyPruning: leave_out_tokens,
     TieEmbeddings: tie_embeddings,
+    SlidingWindow: narrow_attention,
 }
 
 

@@ -13,7 +13,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.pytorch_utils import Conv1D
 
 from workers.architectures import AUTO_CLASSES, Architecture
@@ -262,7 +262,8 @@ def empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
     """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
     auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
     try:
-        own = type(AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False))
+        stored = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
+        own = type(stored) if checkpoint.has_stored_type else CONFIG_MAPPING[checkpoint.config["model_type"]]
         config: Any = own.from_dict(copy.deepcopy(checkpoint.config))  # it fills in what is nested
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config

@@ -45,6 +45,7 @@ class HeldOut:
         if self._task == "causal":
             ids = tokenize(tokenizer, documents, param=_PARAM)
             self.num_tokens = ids.numel()
+            self._ids = ids[: wanted.num_tokens]
             self._windows = windows_of(ids, wanted.num_tokens, self._length)
             return
         # A label is of the whole text: what does not fit in is not read, as in use. Other text is cut and read on.
@@ -55,6 +56,11 @@ class HeldOut:
         if self._task == "masked":
             special = frozenset(tokenizer.all_special_ids)
             self._windows = masked_windows(self._sequences, tokenizer.mask_token_id, special)
+
+    @property
+    def ids(self) -> Tensor:
+        """The text that a causal language model reads here, as one row of token ids."""
+        return self._ids
 
     @property
     def longest(self) -> Tensor:

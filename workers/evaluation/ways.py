@@ -13,6 +13,7 @@ import torch
 from workers.architectures import architecture_of
 from workers.engine.by_block import ByBlock
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
+from workers.evaluation.context import longest_context
 from workers.evaluation.size import weights_bytes
 from workers.formats.opening import Opened, check_loads, expand_archive, open_archive, open_checkpoint
 from workers.memory import free_bytes, waiting_bytes
@@ -27,6 +28,7 @@ _WHOLE = 1.05  # of the bytes of its tensors, what a model takes that is opened 
 _COPIES_OF_LOGITS = 3
 # What a pass has in memory of each token inside a block, in hidden sizes: the states between layers and the wider ones.
 _STATES_A_TOKEN = 24
+_MASK_BYTES = 5  # of each pair of tokens, where attention is local: what may be seen, and the same as float32
 _TOKENS_OF_SEQUENCES = 4096  # of an encoder's texts, which are read some at a time
 # Of what is free as certification begins: model code still to be imported, tokenizers, pieces of logits that are
 # compared, what allocators keep.
@@ -144,8 +146,12 @@ def _reading_bytes(folder: Path, recipe: Recipe, original_bytes: int) -> tuple[i
     hidden_size, num_blocks = (int(config[architecture.size(name)]) for name in ("hidden_size", "num_hidden_layers"))
     num_tokens = min(recipe.evaluation.max_seq_length, architecture.max_positions(config) or 1 << 30)
     vocabulary_size = int(config["vocab_size"])
-    num_logits = num_tokens * vocabulary_size
+    num_logits, mask_bytes = num_tokens * vocabulary_size, 0
+    if recipe.window is not None:
+        positions = architecture.max_positions(config)
+        longest = max(recipe.window, longest_context(recipe.window, positions, recipe.evaluation.num_tokens))
+        num_tokens, mask_bytes = max(num_tokens, longest), _MASK_BYTES * longest**2
     if architecture.task == "classification":
         num_tokens, num_logits = max(num_tokens, _TOKENS_OF_SEQUENCES), 0
-    window = _FLOAT32_BYTES * (_COPIES_OF_LOGITS * num_logits + _STATES_A_TOKEN * num_tokens * hidden_size)
+    window = mask_bytes + _FLOAT32_BYTES * (_COPIES_OF_LOGITS * num_logits + _STATES_A_TOKEN * num_tokens * hidden_size)
     return window, max(original_bytes // num_blocks, _FLOAT32_BYTES * vocabulary_size * hidden_size)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from workers.shapes.attention import config_of_a_window
 from workers.shapes.depth import config_of_fewer_blocks
 from workers.shapes.tying import config_of_one_matrix
 from workers.shapes.vocabulary import config_of_fewer_tokens
@@ -17,6 +18,7 @@ from workers.sources.facts import ModelFacts
 from workers.techniques import (
     DepthPruning,
     Iterate,
+    SlidingWindow,
     Stage,
     StructureOptions,
     TieEmbeddings,
@@ -30,6 +32,7 @@ _RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], 
     WidthPruning: config_of_smaller_widths,
     VocabularyPruning: config_of_fewer_tokens,
     TieEmbeddings: config_of_one_matrix,
+    SlidingWindow: config_of_a_window,
 }
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from workers.architectures import architecture_of
 from workers.errors import UserError
+from workers.shapes.attention import has_kinds, kinds_of, windows_of
 from workers.techniques import DepthPruning
 from workers.techniques.options import OptionError
 
@@ -40,4 +41,11 @@ def config_of_fewer_blocks(stage: DepthPruning, index: int, config: Mapping[str,
         raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
     left = num_blocks - stage.num_removed(num_blocks)
     own_name = architecture.size("num_hidden_layers")
-    return {**config, **{name: left for name in (own_name, "num_hidden_layers") if name == own_name or name in config}}
+    names = [name for name in (own_name, "num_hidden_layers") if name == own_name or name in config]
+    sizes: dict[str, Any] = dict.fromkeys(names, left)
+    if has_kinds(config):
+        kinds = kinds_of(windows_of(config))
+        # Else it is measured later which blocks go: until then there are more kinds than blocks.
+        gone = set(stage.blocks or ()) if len(kinds) == num_blocks else set()
+        sizes["layer_types"] = [kind for block, kind in enumerate(kinds) if block not in gone]
+    return {**config, **sizes}

@@ -21,6 +21,7 @@ from workers.techniques.pruning_options import PruningOptions
 from workers.techniques.quantization_aware_finetuning import QuantizationAwareFineTuning
 from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.round_to_nearest import RoundToNearest
+from workers.techniques.sliding_window import SlidingWindow
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
 from workers.techniques.structure_options import StructureOptions
@@ -44,6 +45,7 @@ Stage = Annotated[
     | WidthPruning
     | VocabularyPruning
     | TieEmbeddings
+    | SlidingWindow
     | LogitDistillation
     | FineTuning
     | QuantizationAwareFineTuning
@@ -72,6 +74,7 @@ __all__ = [
     "QuantizationAwareFineTuning",
     "QuantizationOptions",
     "RoundToNearest",
+    "SlidingWindow",
     "SmoothQuant",
     "SparseGPT",
     "Stage",

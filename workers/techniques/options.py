@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from workers.architectures import Producer
     from workers.engine.layer import Layer
 
-Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "training"]
+Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "attention", "training"]
 Statistic = Literal[
     "hessian", "input_norms", "input_absmax", "drift", "block_influence", "losses", "token_counts", "unit_norms"
 ]

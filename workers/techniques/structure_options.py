@@ -6,4 +6,4 @@ from workers.techniques.options import StageOptions
 
 
 class StructureOptions(StageOptions):
-    """Options of a technique after which the model has fewer parameters, and a config that says so."""
+    """Options of a technique that changes what the config says of the model: its sizes, or what its attention sees."""

@@ -20,6 +20,7 @@ WIDTH = {"technique": "width_pruning"}
 # 48 channels, 32 columns of heads and 96 neurons are left of 64, 64 and 128.
 NARROW = {**WIDTH, "hidden_size": 48, "num_key_value_heads": 1, "intermediate_size": 96}
 TOKENS = {"technique": "vocabulary_pruning"}
+WINDOW = {"technique": "sliding_window"}
 
 
 @pytest.mark.parametrize(
@@ -88,6 +89,14 @@ TOKENS = {"technique": "vocabulary_pruning"}
             "mask_structure_fits_no_layer",
             "recipe.stages[1].mask_structure",
         ),
+        ([WINDOW], "invalid_value", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 7}], "invalid_value", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 512}], "invalid_value", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 64.0}], "invalid_type", "recipe.stages[0].window"),
+        ([{**WINDOW, "window": 64, "full_blocks": [0]}], "invalid_value", "recipe.stages[0].full_blocks"),
+        ([{**WINDOW, "window": 64, "full_blocks": [1, 1]}], "invalid_value", "recipe.stages[0].full_blocks"),
+        ([{**WINDOW, "window": 64}, {**WINDOW, "window": 64}], "invalid_value", "recipe.stages[1].window"),
+        ([PRUNING, {**WINDOW, "window": 64}], "stages_conflict", "recipe.stages[1].technique"),
         (["gptq"], "invalid_type", "recipe.stages[0]"),
         ([], "invalid_value", "recipe.stages"),
         ([PRUNING] * 33, "invalid_value", "recipe.stages"),

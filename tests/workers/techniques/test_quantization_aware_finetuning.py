@@ -104,7 +104,7 @@ def test_other_architectures(model_type: str, tmp_path: Path) -> None:
         "phi3": {"intermediate_size": 128},
     }
     write_tiny_model(tmp_path / "model", model_type, scale=4.0, **sizes.get(model_type, {}))
-    report = certified(tmp_path / "work", tmp_path / "model", recipe_of({**QAT, "scheme": "W3A16"})).report
+    report = certified(tmp_path / "work", tmp_path / "model", recipe_of({**QAT, "scheme": "W2A16"})).report
     losses = report["stages"][0]["metrics"]
     assert losses["held_out_loss"] < losses["original_held_out_loss"]
 
