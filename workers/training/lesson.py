@@ -20,7 +20,7 @@ from workers.training.samples import Augmented, Division, Order, Samples
 from workers.training.teachers import CachedTeacher
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Source:
     """A model as it lies on disk, perhaps as a smaller shape of what lies there."""
 

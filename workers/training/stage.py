@@ -90,12 +90,9 @@ class TrainingStage:
         """What is to be learned, with all that is written before the first step, or found where it was written."""
         stage, tokenizer = self.stage, self.texts.tokenizer(self.student)
         student, teacher = (Source(each.checkpoint, each.architecture) for each in (self.student, self.teacher))
-
-        @cache
-        def judge() -> Whole:
-            return (teacher if self._has_teacher() else student).open(trains=False)
-
-        samples = self._samples(tokenizer, teacher)
+        opened = cache(partial(Source.open, trains=False))
+        judge = partial(opened, teacher if self._has_teacher() else student)
+        samples = self._samples(tokenizer, partial(opened, teacher))
         division = divide(samples, stage.held_out_fraction, self.recipe.seed)
         padding = _padding(tokenizer)
         lesson = Lesson(
@@ -126,7 +123,7 @@ class TrainingStage:
     def _told(self, step: int, num_steps: int) -> None:
         self.progress("train", step, num_steps, step / num_steps)
 
-    def _samples(self, tokenizer: Any, teacher: Source) -> Samples:
+    def _samples(self, tokenizer: Any, teacher: Callable[[], Whole]) -> Samples:
         """The text as token ids: made once, and found again by an attempt that goes on."""
         stage, folder = self.stage, samples_folder(self.journal.folder)
         length = min(stage.max_seq_length, self.student.checkpoint.max_positions)
@@ -134,9 +131,15 @@ class TrainingStage:
             folder.mkdir(exist_ok=True)
             synthetic = stage.synthetic if isinstance(stage, LogitDistillation) else None
             if synthetic is not None:
-                writer, seed = teacher.open(trains=False), self.recipe.seed * 1_000_003 + self.index
+                seed = self.recipe.seed * 1_000_003 + self.index
                 write_synthetic(
-                    writer, tokenizer, synthetic, length, seed, folder, lambda done: self.progress("sample", 0, 0, done)
+                    teacher(),
+                    tokenizer,
+                    synthetic,
+                    length,
+                    seed,
+                    folder,
+                    lambda done: self.progress("sample", 0, 0, done),
                 )
             elif self.student.architecture.task == "causal":
                 texts = (text for text, _ in read_training_text(self.texts.training_path))

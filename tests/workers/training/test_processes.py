@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -13,6 +14,8 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import nn
 
 from tests.jobs import wait_until
 from tests.models import write_tiny_model
@@ -108,6 +111,39 @@ def test_a_process_may_have_fewer_pieces_of_the_batch(
         compressed(tmp_path / str(number), model, in_processes(recipe_of(stage), number)) for number in (1, count)
     )
     assert curve_of(together, 0) == pytest.approx(curve_of(alone, 0), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        [{"technique": "magnitude", "sparsity": 0.5}, {**DISTIL, **RATE, "teacher_top_k": 8}],
+        [
+            CUT,
+            {**DISTIL, **RATE, "hidden_weight": 1.0, "curriculum": "easiest_first", "synthetic": {"num_samples": 40}},
+        ],
+    ],
+    ids=["zeros, cached logits", "states, written text"],
+)
+def test_what_is_made_before_the_first_step_is_made_once(
+    stages: list[dict[str, Any]], model: Path, tmp_path: Path
+) -> None:
+    alone = compressed(tmp_path / "1", model, recipe_of(*stages))
+    attempt = fetched(tmp_path / "2", model, in_processes(recipe_of(*stages), 2))
+    held: set[int] = set()
+
+    def heard(event: dict[str, Any]) -> None:
+        attempt.events.append(event)
+        if event["event"] == "stage" and "held_out_loss" in event["metrics"] and event["status"] == "running":
+            held.update(
+                each.numel() for each in gc.get_objects() if isinstance(each, nn.Parameter) and not each.is_meta
+            )
+
+    compress(attempt.work, attempt.request, heard)
+    assert curve_of(attempt, 1) == pytest.approx(curve_of(alone, 1), rel=TOLERANCE)
+    assert not held  # no model in this process while others have theirs
+    one, two = (load_file(each.artifact / "model.safetensors") for each in (alone, attempt))
+    num_zeros = [sum(int((tensor == 0).sum()) for tensor in tensors.values()) for tensors in (one, two)]
+    assert num_zeros[1] == pytest.approx(num_zeros[0], rel=1e-3)
 
 
 def test_a_killed_process_ends_the_attempt_and_the_next_gives_the_same_bytes(
