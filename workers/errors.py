@@ -83,6 +83,19 @@ def is_disk_full(error: BaseException) -> bool:
     return os.strerror(errno.ENOSPC).lower() in str(error).lower()
 
 
+def as_job_error(error: BaseException) -> JobError:
+    """What an error of any kind means for the job that it ended."""
+    if isinstance(error, JobError):
+        return error
+    if is_out_of_memory(error):
+        reason = (str(error).strip().splitlines() or ["no memory was left"])[0][:300]
+        hint = "Use a worker, or a device, with more memory."
+        return CrashError("out_of_memory", f"The job's process ran out of memory: {reason}", hint=hint)
+    if is_disk_full(error):
+        return InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
+    return CrashError("internal_error", f"{type(error).__name__}: {error}"[:2000])
+
+
 def model_unusable(error: Exception) -> UserError:
     """The model's own code failed on text that its tokenizer made."""
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

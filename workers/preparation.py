@@ -142,8 +142,8 @@ class Preparation:
             stage,
             index,
             self._recipe,
-            _fresh(skeleton),
-            _fresh(teacher),
+            skeleton,
+            teacher,
             self._texts,
             journal,
             partial(self._progress, index),
@@ -240,11 +240,6 @@ def _inner_runs(stage: Iterate, number: int) -> list[tuple[int, str, list[StageO
 
 def _report(stage: StageOptions, metrics: dict[str, Any]) -> Report:
     return {"technique": stage.technique, "metrics": metrics, "fallbacks": [], "layers": {}}
-
-
-def _fresh(skeleton: Skeleton) -> Skeleton:
-    """The same model, empty: a training fills it and does not empty it again."""
-    return Skeleton(skeleton.checkpoint, skeleton.architecture, skeleton.device)
 
 
 def stage_name(index: int) -> str:

@@ -220,7 +220,7 @@ class Recipe(_Part):
     @property
     def trains_codes(self) -> bool:
         """Whether the last stage trains weights as the codes that it then stores."""
-        return isinstance(self.stages[-1], QuantizationAwareFineTuning)
+        return any(isinstance(stage, QuantizationAwareFineTuning) for stage in self.stages[-1:])
 
     @property
     def late(self) -> Recipe:
@@ -280,8 +280,8 @@ class Recipe(_Part):
 
     @property
     def _begins_with_gptq(self) -> bool:
-        last = self.stages[-1]
-        return isinstance(last, QuantizationAwareFineTuning) and last.initialization == "gptq"
+        stage = self.quantization
+        return isinstance(stage, QuantizationAwareFineTuning) and stage.initialization == "gptq"
 
     @property
     def _counts_tokens(self) -> bool:

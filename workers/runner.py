@@ -7,7 +7,6 @@ order then comes as a JSON line on standard input, which stays open: its end mea
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import logging
 import os
@@ -19,9 +18,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from workers.errors import CrashError, InfrastructureError, JobError, is_disk_full, is_out_of_memory
+from workers.errors import as_job_error
+from workers.lifeline import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
 NICENESS = 10
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ def main() -> None:
     arguments.add_argument("--events-fd", type=int, required=True)
     arguments.add_argument("--preload", action="store_true")
     options = arguments.parse_args()
-    _die_with_parent()
+    die_with_parent()
     # On a machine that also serves, answers come before the job's next product.
     os.nice(NICENESS)
     if options.preload:
@@ -49,7 +48,7 @@ def main() -> None:
         done = _run(order, work, emit)
     except BaseException as error:  # a panic of compiled code is no Exception; the supervisor has to hear of all
         logger.exception("phase=%s failed", order["phase"])
-        emit({"event": "error", **_as_job_error(error).to_dict()})
+        emit({"event": "error", **as_job_error(error).to_dict()})
         sys.exit(1)
     emit({"event": "done", "peak_memory_bytes": _peak_memory_bytes(), **done})
 
@@ -89,18 +88,6 @@ class _Events:
         self._pipe.flush()
 
 
-def _as_job_error(error: BaseException) -> JobError:
-    if isinstance(error, JobError):
-        return error
-    if is_out_of_memory(error):
-        reason = (str(error).strip().splitlines() or ["no memory was left"])[0][:300]
-        hint = "Use a worker, or a device, with more memory."
-        return CrashError("out_of_memory", f"The job's process ran out of memory: {reason}", hint=hint)
-    if is_disk_full(error):
-        return InfrastructureError("disk_full", "The worker's disk is full.", hint="Free space on the worker.")
-    return CrashError("internal_error", f"{type(error).__name__}: {error}"[:2000])
-
-
 def _preload() -> None:
     """Import what compress and certify need, so that the job does not wait for it."""
     import compressed_tensors.compressors  # noqa: F401
@@ -110,12 +97,6 @@ def _preload() -> None:
 
     import workers.certify
     import workers.pipeline  # noqa: F401
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel for SIGKILL when the supervisor's thread ends; the end of input says the same elsewhere."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
 
 
 def _die_at_end_of_input() -> None:

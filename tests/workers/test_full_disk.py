@@ -34,7 +34,7 @@ pytestmark = pytest.mark.skipif(not _CAN_MOUNT, reason="no file system can be mo
 _ON_SMALL_DISK = """
 import gc, json, os, shutil, subprocess, sys
 from pathlib import Path
-from workers.runner import _as_job_error
+from workers.errors import as_job_error
 phase, prepared, disk, told = sys.argv[1], *map(Path, sys.argv[2:5])
 sizes = [int(size) for size in sys.argv[5:]]
 subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(disk)], check=True)
@@ -56,7 +56,7 @@ for size in sizes:
         run(work, request, events.append)
         code = None
     except Exception as error:
-        code = _as_job_error(error).code
+        code = as_job_error(error).code
     steps = [str(event["step"]) for event in events if event["event"] == "progress"]
     files = sorted(path.name for path in (work / "artifact").glob("*"))
     outcomes.append({"code": code, "step": steps[-1] if steps else None, "artifact": files})

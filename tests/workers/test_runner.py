@@ -7,8 +7,7 @@ import errno
 import pytest
 from safetensors import SafetensorError
 
-from workers.errors import UserError
-from workers.runner import _as_job_error
+from workers.errors import UserError, as_job_error
 
 
 @pytest.mark.parametrize(
@@ -24,5 +23,5 @@ from workers.runner import _as_job_error
     ],
 )
 def test_errors_get_the_code_and_blame_that_they_deserve(error: BaseException, code: str, blame: str) -> None:
-    told = _as_job_error(error)
+    told = as_job_error(error)
     assert (told.code, told.blame) == (code, blame)

@@ -84,7 +84,13 @@ class TrainingOptions(StageOptions):
     ] = "none"
     augmentation: Augmentation = Augmentation()
     num_processes: Annotated[
-        int, Field(ge=1, le=64, description="Processes that share each step, each on an accelerator of its own.")
+        int,
+        Field(
+            ge=1,
+            le=64,
+            description="Processes that share each step, each with an accelerator of its own, or with its part of the "
+            "CPU's threads. Every one holds the whole model; the loss curve is that of one process.",
+        ),
     ] = 1
 
     @model_validator(mode="after")

@@ -14,10 +14,12 @@ from torch import Tensor
 from workers.engine.device import training_products
 from workers.errors import UserError
 from workers.techniques import QuantizationAwareFineTuning, TrainingOptions
+from workers.training.lesson import Corpus, Lesson
 from workers.training.model import Whole
 from workers.training.objective import Objective
+from workers.training.ranks import Ranks
 from workers.training.rounding import LOG_SCALE
-from workers.training.samples import Augmented, Batch, Division, Order, Samples, collate, of_like_length
+from workers.training.samples import Batch, collate, of_like_length
 from workers.training.step_journal import Curve, StepJournal
 
 # At most so much work is lost with a killed process, and what keeping a state takes.
@@ -30,14 +32,11 @@ _SECONDS_A_PROGRESS = 1.0
 
 
 @dataclass(frozen=True)
-class Corpus:
-    """What is read, and how."""
+class Listener:
+    """Hears how far a training is."""
 
-    samples: Samples
-    division: Division
-    order: Order
-    padding: int
-    augmented: Callable[[int], Augmented] | None  # for each step
+    told: Callable[[int, int], None]  # steps that are done, and all
+    measured: Callable[[dict[str, Any]], None]  # each point of the loss curve
 
 
 class Loop:
@@ -48,31 +47,23 @@ class Loop:
         student: Whole,
         objective: Objective,
         corpus: Corpus,
-        stage: TrainingOptions,
-        index: int,
-        seed: int,
-        masks: Mapping[str, Tensor],
-        journal: StepJournal,
-        told: Callable[[Curve, float], None],
-        measured: Callable[[dict[str, Any]], None],
+        lesson: Lesson,
+        ranks: Ranks,
+        listener: Listener,
     ) -> None:
-        """``index`` is the stage's; weights stay zero where ``masks`` are false.
-
-        ``told`` hears of progress, ``measured`` of each point of the curve.
-        """
         self._student = student
         self._objective = objective
         self._corpus = corpus
-        self._stage = stage
-        self._param = f"recipe.stages[{index}]"
-        self._seed = seed * 1_000_003 + index
-        self._masks = masks
-        self._journal = journal
-        self._told = told
-        self._measured = measured
+        self._lesson = lesson
+        self._stage = stage = lesson.stage
+        self._ranks = ranks
+        self._listener = listener
+        self._param = f"recipe.stages[{lesson.index}]"
+        self._seed = lesson.seed * 1_000_003 + lesson.index
+        self._masks = student.masks() if lesson.keeps_zeros else {}  # weights stay zero where these are false
+        self.journal = StepJournal(lesson.folder / "steps", lesson.fingerprint)
         self.num_steps = stage.steps_for(corpus.division.training.numel())
         self._interval = max(1, self.num_steps // stage.num_evaluations)
-        self._causal = student.skeleton.architecture.task == "causal"
         self._parameters = {
             **student.parameters(),
             **{f"projections.{name}": each for name, each in objective.projections.named_parameters()},
@@ -96,16 +87,16 @@ class Loop:
             if curve.step % self._interval == 0 or curve.step == self.num_steps:
                 self._measure(curve, loss)
             now = time.monotonic()
-            if now - told_at >= _SECONDS_A_PROGRESS:
-                self._told(curve, curve.step / self.num_steps)
+            if self._ranks.is_first and now - told_at >= _SECONDS_A_PROGRESS:
+                self._listener.told(curve.step, self.num_steps)
                 told_at = now
-            if now - kept_at >= SECONDS_A_STATE:
-                self._journal.write(curve, self._state())
+            if self._ranks.is_first and now - kept_at >= self._lesson.seconds_a_state:
+                self.journal.write(curve, self._state())
                 kept_at = time.monotonic()
         return curve, self._best or {name: each.detach() for name, each in self._student.parameters().items()}
 
     def _begin(self) -> Curve:
-        kept = self._journal.read()
+        kept = self.journal.read()
         if kept is None:
             curve = Curve()
             self._measure(curve, None)
@@ -141,17 +132,22 @@ class Loop:
         """One step of the optimizer; the loss a target before it."""
         step = curve.step
         batches = list(self._micro_batches(self._corpus.order.batch(step, self._stage.batch_size), step))
-        num_targets = sum(self._objective.num_targets(batch) for batch in batches)
+        num_targets, num_tokens = self._ranks.sum(
+            sum(self._objective.num_targets(batch) for _, batch in batches),
+            sum(int(batch.mask.sum()) for _, batch in batches),
+        )
         self._optimizer.zero_grad(set_to_none=True)
         total = 0.0
-        for number, batch in enumerate(batches):
-            # Dropout: the same however often the process was killed on the way.
+        for number, batch in batches:
+            # Dropout: the same whatever process reads the batch, and however often it was killed on the way.
             torch.manual_seed((self._seed * 1_000_003 + step) * 1_009 + number)
             with training_products(self._stage.precision):
                 loss = self._objective(batch.to(self._student.skeleton.device))
             (loss.total / num_targets).backward()  # type: ignore[no-untyped-call]
             total += float(loss.total.detach()) / num_targets
-            curve.num_tokens += int(batch.mask.sum())
+        [total] = self._ranks.sum(total)
+        self._ranks.sum_gradients(self._parameters.values())
+        curve.num_tokens += int(num_tokens)
         for name, mask in self._masks.items():
             gradient = self._parameters[name].grad
             assert gradient is not None
@@ -183,17 +179,7 @@ class Loop:
     @torch.no_grad()
     def _measure(self, curve: Curve, loss: float | None) -> None:
         """Add a point to the curve, and remember the weights if no loss was lower where training may stop early."""
-        total, hard, num_right, num_targets, num_hard = 0.0, 0.0, 0, 0, 0
-        self._student.model.eval()
-        for batch in self._micro_batches(self._corpus.division.held_out.tolist(), None):
-            with training_products(self._stage.precision):
-                found = self._objective(batch.to(self._student.skeleton.device))
-            total += float(found.total)
-            num_targets += found.num_targets
-            if found.hard is not None:
-                hard, num_hard = hard + float(found.hard), num_hard + found.num_targets
-            num_right += 0 if found.num_right is None else int(found.num_right)
-        self._student.model.train()
+        total, hard, num_right, num_targets, num_hard = self._ranks.sum(*self._own_held_out())
         held_out = total / num_targets
         point: dict[str, float | int | None] = {
             "step": curve.step,
@@ -201,7 +187,7 @@ class Loop:
             "held_out_loss": held_out,
             "held_out_cross_entropy": hard / num_hard if num_hard else None,
         }
-        if not self._causal and num_hard:
+        if not self._lesson.is_causal and num_hard:
             point["held_out_accuracy"] = num_right / num_hard
         curve.points.append(point)
         if not math.isfinite(held_out):
@@ -213,20 +199,44 @@ class Loop:
             )
         if curve.lowest_held_out is None or held_out < curve.lowest_held_out:
             curve.lowest_held_out, curve.lowest_step, curve.num_without_progress = held_out, curve.step, 0
-            if self._stage.patience is not None:
+            if self._stage.patience is not None and self._ranks.is_first:
                 self._best = {name: each.detach().clone() for name, each in self._student.parameters().items()}
         else:
             curve.num_without_progress += 1
-        speed = curve.num_tokens / curve.seconds if curve.seconds else None
-        self._measured({**point, "num_steps": self.num_steps, "tokens_per_second": speed})
+        if self._ranks.is_first:
+            speed = curve.num_tokens / curve.seconds if curve.seconds else None
+            self._listener.measured({**point, "num_steps": self.num_steps, "tokens_per_second": speed})
 
-    def _micro_batches(self, numbers: Sequence[int], step: int | None) -> Iterator[Batch]:
-        """The samples of a step, or of no step, in pieces; of like length together, so that little is padded."""
+    def _own_held_out(self) -> tuple[float, float, int, int, int]:
+        """Of the held-out samples that this process reads.
+
+        The loss; cross entropy; how many are classified rightly; how many targets there are, and with cross entropy.
+        """
+        total, hard, num_right, num_targets, num_hard = 0.0, 0.0, 0, 0, 0
+        self._student.model.eval()
+        for _, batch in self._micro_batches(self._corpus.division.held_out.tolist(), None):
+            with training_products(self._stage.precision):
+                found = self._objective(batch.to(self._student.skeleton.device))
+            total += float(found.total)
+            num_targets += found.num_targets
+            if found.hard is not None:
+                hard, num_hard = hard + float(found.hard), num_hard + found.num_targets
+            num_right += 0 if found.num_right is None else int(found.num_right)
+        self._student.model.train()
+        return total, hard, num_right, num_targets, num_hard
+
+    def _micro_batches(self, numbers: Sequence[int], step: int | None) -> Iterator[tuple[int, Batch]]:
+        """The samples of a step, or of no step, in pieces; of like length together, so that little is padded.
+
+        Those pieces that this process reads, each with its number among all: small enough for every process to have
+        one, where there are as many samples.
+        """
         corpus = self._corpus
         changed = None if corpus.augmented is None or step is None else corpus.augmented(step)
         size = self._stage.micro_batch_size or max(1, TOKENS_A_MICRO_BATCH // self._stage.max_seq_length)
-        for some in of_like_length(numbers, corpus.samples, size):
-            yield collate(corpus.samples, some, corpus.padding, changed, causal=self._causal)
+        size = min(size, math.ceil(len(numbers) / self._ranks.count))
+        for number, some in self._ranks.share(list(of_like_length(numbers, corpus.samples, size))):
+            yield number, collate(corpus.samples, some, corpus.padding, changed, causal=self._lesson.is_causal)
 
 
 def thinned(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

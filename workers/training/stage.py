@@ -2,30 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from workers.engine.device import keeping_freed_memory, release_memory
+from workers.engine.device import release_memory
 from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
 from workers.errors import UserError
 from workers.recipe import Recipe
-from workers.techniques import DistillationOptions, QuantizationAwareFineTuning, TrainingOptions
+from workers.techniques import DistillationOptions, TrainingOptions
 from workers.techniques.training_options import Augmentation
 from workers.texts import Texts
-from workers.training.loop import TOKENS_A_MICRO_BATCH, Corpus, Loop, thinned
-from workers.training.model import CHECKPOINT, Whole, open_whole, write_checkpoint
-from workers.training.objective import Objective, Weights, matched_blocks
-from workers.training.rounding import codes_of, round_weights, stored_values
+from workers.training import loop
+from workers.training.learning import learn
+from workers.training.lesson import Lesson, Source, samples_folder
+from workers.training.loop import Listener, thinned
+from workers.training.model import CHECKPOINT, Whole
+from workers.training.objective import Objective, Weights
+from workers.training.processes import check_accelerators, learn_in_processes
+from workers.training.ranks import Ranks
 from workers.training.samples import (
     Augmented,
-    Order,
     Samples,
     collate,
     divide,
@@ -33,9 +38,8 @@ from workers.training.samples import (
     write_sequences,
     write_windows,
 )
-from workers.training.step_journal import Curve, StepJournal
+from workers.training.step_journal import Curve
 from workers.training.synthesis import write_synthetic
-from workers.training.teachers import CachedTeacher, OnlineTeacher, Teacher
 
 Progress = Callable[[str, int, int, float], None]  # what is done, step, number of steps, fraction of the stage
 
@@ -47,7 +51,7 @@ class TrainingStage:
     stage: TrainingOptions
     index: int  # in the recipe
     recipe: Recipe
-    student: Skeleton
+    student: Skeleton  # what lies on disk is opened anew: no weight of these is loaded or changed
     teacher: Skeleton  # the model that the student was made from
     texts: Texts
     journal: Journal  # the stage's own
@@ -69,64 +73,76 @@ class TrainingStage:
         return metrics
 
     def _train(self) -> dict[str, Any]:
-        stage, folder = self.stage, self.journal.folder
-        tokenizer = self.texts.tokenizer(self.student)
-        teacher = open_whole(self.teacher, trains=False) if self._has_teacher() else None
-        samples = self._samples(tokenizer, teacher)
+        stage = self.stage
+        check_accelerators(stage.num_processes, f"recipe.stages[{self.index}].num_processes")
+        lesson = self._lesson()
+        # What models this process had to open for the lesson is gone before any is opened to learn; they hold cycles.
+        gc.collect()
+        release_memory()
+        listener = Listener(self._told, self.measured)
+        if stage.num_processes == 1:
+            learned = learn(lesson, Ranks(), listener)
+        else:
+            learned = learn_in_processes(lesson, stage.num_processes, listener)
+        self.journal.decided_under.extend(learned.fingerprints)
+        samples = Samples(samples_folder(lesson.folder))
+        return _metrics(learned.curve, learned.num_steps, samples, lesson.division.training.numel())
+
+    def _lesson(self) -> Lesson:
+        """What is to be learned, with all that is written before the first step, or found where it was written."""
+        stage, tokenizer = self.stage, self.texts.tokenizer(self.student)
+        student, teacher = (Source(each.checkpoint, each.architecture) for each in (self.student, self.teacher))
+        opened = cache(partial(Source.open, trains=False))
+        judge = partial(opened, teacher if self._has_teacher() else student)
+        samples = self._samples(tokenizer, partial(opened, teacher))
         division = divide(samples, stage.held_out_fraction, self.recipe.seed)
         padding = _padding(tokenizer)
-        student = open_whole(self.student, trains=True)
-        if isinstance(stage, DistillationOptions) and stage.initialization == "random":
-            student.begin_anew(self.recipe.seed)
-        rounded = (
-            round_weights(student, stage, self.first_codes) if isinstance(stage, QuantizationAwareFineTuning) else {}
+        lesson = Lesson(
+            stage=stage,
+            index=self.index,
+            seed=self.recipe.seed,
+            student=student,
+            teacher=teacher if self._has_teacher() else None,
+            folder=self.journal.folder,
+            division=division,
+            first_epoch=self._first_epoch(samples, division.training, judge, padding),
+            padding=padding,
+            augmented=self._augmented(tokenizer),
+            first_codes=self.first_codes,
+            keeps_zeros=self.keeps_zeros,
+            fingerprint=self.journal.fingerprint,
+            seconds_a_state=loop.SECONDS_A_STATE,
         )
-        soft = None if teacher is None else self._soft_targets(teacher, samples, padding)
-        pairs = matched_blocks(self.student.num_blocks, self.teacher.num_blocks)
-        objective = Objective(student, soft, self._weights(), pairs)
-        if self._weights().hidden:
-            assert teacher is not None
-            teacher.keep_states([block for _, block in pairs])
-            objective.add_projections(self.teacher.hidden_size, self.student.device)
-        first = self._first_epoch(samples, division.training, teacher or student, padding)
-        corpus = Corpus(
-            samples, division, Order(division.training, self.recipe.seed, first), padding, self._augmented(tokenizer)
-        )
-        masks = student.masks() if self.keeps_zeros else {}
-        steps = StepJournal(folder / "steps", self.journal.fingerprint)
-        loop = Loop(
-            student, objective, corpus, stage, self.index, self.recipe.seed, masks, steps, self._told, self.measured
-        )
-        with keeping_freed_memory():
-            curve, weights = loop.run()
-        self.journal.decided_under.extend(steps.fingerprints)
-        write_checkpoint(student, stored_values(rounded, weights), folder / CHECKPOINT, codes_of(rounded, weights))
-        release_memory()
-        return _metrics(curve, loop.num_steps, samples, division.training.numel())
+        cached = lesson.cached_teacher(samples)
+        if cached is not None and not cached.is_filled:
+            size = max(1, loop.TOKENS_A_MICRO_BATCH // stage.max_seq_length)
+            cached.fill(judge(), padding, size, stage.precision, lambda done: self.progress("teacher", 0, 0, done))
+        return lesson
 
     def _has_teacher(self) -> bool:
         stage = self.stage
         return isinstance(stage, DistillationOptions) and (stage.alpha < 1 or bool(stage.hidden_weight))
 
-    def _weights(self) -> Weights:
-        stage = self.stage
-        return Weights(stage.alpha, stage.hidden_weight) if isinstance(stage, DistillationOptions) else Weights()
+    def _told(self, step: int, num_steps: int) -> None:
+        self.progress("train", step, num_steps, step / num_steps)
 
-    def _told(self, curve: Curve, fraction: float) -> None:
-        self.progress("train", curve.step, round(curve.step / fraction) if fraction else 0, fraction)
-
-    def _samples(self, tokenizer: Any, teacher: Whole | None) -> Samples:
+    def _samples(self, tokenizer: Any, teacher: Callable[[], Whole]) -> Samples:
         """The text as token ids: made once, and found again by an attempt that goes on."""
-        stage, folder = self.stage, self.journal.folder / "samples"
+        stage, folder = self.stage, samples_folder(self.journal.folder)
         length = min(stage.max_seq_length, self.student.checkpoint.max_positions)
         if not self.journal.has("samples"):
             folder.mkdir(exist_ok=True)
             synthetic = stage.synthetic if isinstance(stage, DistillationOptions) else None
             if synthetic is not None:
-                source = teacher or open_whole(self.teacher, trains=False)
                 seed = self.recipe.seed * 1_000_003 + self.index
                 write_synthetic(
-                    source, tokenizer, synthetic, length, seed, folder, lambda done: self.progress("sample", 0, 0, done)
+                    teacher(),
+                    tokenizer,
+                    synthetic,
+                    length,
+                    seed,
+                    folder,
+                    lambda done: self.progress("sample", 0, 0, done),
                 )
             elif self.student.architecture.task == "causal":
                 texts = (text for text, _ in read_training_text(self.texts.training_path))
@@ -135,23 +151,6 @@ class TrainingStage:
                 write_sequences(read_training_text(self.texts.training_path), tokenizer, length, folder)
             self.journal.once("samples", lambda: True)
         return Samples(folder)
-
-    def _soft_targets(self, teacher: Whole, samples: Samples, padding: int) -> Teacher:
-        stage, causal = self.stage, self.student.architecture.task == "causal"
-        assert isinstance(stage, DistillationOptions)
-        if stage.teacher_top_k is None:
-            return OnlineTeacher(teacher, stage.temperature, causal=causal)
-        top_k = min(stage.teacher_top_k, self._num_outcomes())
-        folder = self.journal.folder / "teacher"
-        cached = CachedTeacher(folder, samples, top_k, stage.temperature, causal=causal)
-        size = max(1, TOKENS_A_MICRO_BATCH // stage.max_seq_length)
-        cached.fill(teacher, padding, size, stage.precision, lambda done: self.progress("teacher", 0, 0, done))
-        return cached
-
-    def _num_outcomes(self) -> int:
-        """How many logits there are."""
-        head: Tensor = self.teacher.module(self.teacher.architecture.head).get_parameter("weight")
-        return head.shape[0]
 
     def _augmented(self, tokenizer: Any) -> Callable[[int], Augmented] | None:
         options = self.stage.augmentation
@@ -166,10 +165,12 @@ class TrainingStage:
                 hint="Leave tokens out by delete_probability alone.",
             )
         seed, special = self.recipe.seed * 1_000_003 + self.index, tokenizer.all_special_ids
-        return lambda step: Augmented(options, mask_token or 0, special, seed * 1_000_003 + step)
+        return partial(_augmented, options, mask_token or 0, special, seed)
 
     @torch.no_grad()
-    def _first_epoch(self, samples: Samples, numbers: Tensor, judge: Whole, padding: int) -> Tensor | None:
+    def _first_epoch(
+        self, samples: Samples, numbers: Tensor, judge: Callable[[], Whole], padding: int
+    ) -> Tensor | None:
         """The order of the first epoch, where it is not by chance."""
         stage = self.stage
         if stage.curriculum == "none":
@@ -177,21 +178,25 @@ class TrainingStage:
         if stage.curriculum == "shortest_first":
             lengths = torch.tensor([samples.length(number) for number in numbers.tolist()])
             return numbers[torch.argsort(lengths, stable=True)]
-        judging, causal = Objective(judge, None, Weights(), ()), judge.skeleton.architecture.task == "causal"
 
         def losses() -> list[float]:
-            was_training = judge.model.training
-            judge.model.eval()
-            found = []
+            whole, found = judge(), []
+            judging, causal = Objective(whole, None, Weights(), ()), whole.skeleton.architecture.task == "causal"
             for done, number in enumerate(numbers.tolist()):
-                batch = collate(samples, [number], padding, None, causal=causal).to(self.student.device)
+                batch = collate(samples, [number], padding, None, causal=causal).to(whole.skeleton.device)
                 loss = judging(batch)
                 found.append(float(loss.total) / max(1, loss.num_targets))
                 self.progress("order", 0, 0, done / numbers.numel())
-            judge.model.train(was_training)
             return found
 
         return numbers[torch.argsort(torch.tensor(self.journal.once("easiness", losses)), stable=True)]
+
+
+def _augmented(
+    options: Augmentation, mask_token: int, special_tokens: Sequence[int], seed: int, step: int
+) -> Augmented:
+    """What chance does to the tokens of a step."""
+    return Augmented(options, mask_token, special_tokens, seed * 1_000_003 + step)
 
 
 def _padding(tokenizer: Any) -> int:

@@ -19,6 +19,7 @@ from workers.training.samples import NOT_SCORED, Batch, Samples, collate
 
 # Samples between two entries of how far the teacher's logits are kept.
 _SAMPLES_AN_ENTRY = 256
+_FILLED = "filled.json"
 
 
 class Teacher(Protocol):
@@ -84,14 +85,18 @@ class CachedTeacher:
         ends = np.cumsum([samples.length(number) for number in range(len(samples))]) if causal else None
         self._ends = ends
 
+    @property
+    def is_filled(self) -> bool:
+        """Whether the teacher has read every sample."""
+        return self._num_filled() == len(self._samples)
+
     @torch.no_grad()
     def fill(
         self, teacher: Whole, padding: int, micro_batch_size: int, precision: str, progress: Callable[[float], None]
     ) -> None:
         """Have the teacher read every sample that it has not read."""
-        entry = self._folder / "filled.json"
-        done = int(json.loads(entry.read_text(encoding="utf-8"))["num_samples"]) if entry.exists() else 0
-        since = done
+        entry = self._folder / _FILLED
+        since = done = self._num_filled()
         while done < len(self._samples):
             numbers = list(range(done, min(done + micro_batch_size, len(self._samples))))
             batch = collate(self._samples, numbers, padding, None, causal=self._causal).to(teacher.skeleton.device)
@@ -120,6 +125,11 @@ class CachedTeacher:
         return lambda of_student, rows: divergence_of_top(
             of_student, values[rows], tokens[rows], totals[rows], self._temperature
         )
+
+    def _num_filled(self) -> int:
+        """How many samples the teacher has read."""
+        entry = self._folder / _FILLED
+        return int(json.loads(entry.read_text(encoding="utf-8"))["num_samples"]) if entry.exists() else 0
 
     def _rows_of(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         if self._ends is None:
