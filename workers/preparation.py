@@ -67,6 +67,7 @@ class Preparation:
         self._progress = progress
         self._measured = measured
         self._finished = finished
+        self._round = ""  # of a stage that contains stages: which of them is run
         self.keeps_zeros = False  # whether weights that are zero were pruned, and have to stay so
 
     def run(self, skeleton: Skeleton) -> Skeleton:
@@ -103,7 +104,7 @@ class Preparation:
         if stage.initialization == "gptq":
             beginning = journal.inner("beginning")
             codes = beginning.folder / "codes"
-            if not journal.has("trained"):
+            if not journal.is_whole(CHECKPOINT):
                 self._compress_layers(skeleton, [stage.beginning], index, beginning, Parts(codes))
         return self._train(skeleton, teacher, stage, index, journal, codes)
 
@@ -144,6 +145,7 @@ class Preparation:
             self._recipe,
             skeleton,
             teacher,
+            f"{index}{self._round}",
             self._texts,
             journal,
             partial(self._progress, index),
@@ -167,7 +169,7 @@ class Preparation:
         recipe = recipe.model_copy(update={"output": Output(format="safetensors")})
         last = index + len(stages) - 1
 
-        def compressed() -> list[Report]:
+        def compressed(folder: Path) -> list[Report]:
             def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
                 self._progress(last, step, block, num_blocks, fraction)
 
@@ -184,17 +186,24 @@ class Preparation:
             streamed = stream.run(calibration, probe)
             if codes_too is None:
                 check_changed(recipe, streamed, skeleton.checkpoint, journal.parts)
-            folder = journal.folder / CHECKPOINT
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
             journal.parts.assemble(folder)
             write_json(folder / "config.json", plain_config(skeleton.checkpoint))
             copy_companions(skeleton.checkpoint, folder)
             return [stage_report(recipe, number, streamed, skeleton) for number in range(len(stages))]
 
-        reports: list[Report] = journal.once("compressed", compressed)
+        reports: list[Report] = journal.folder_once(CHECKPOINT, compressed)
         shutil.rmtree(journal.parts.folder, ignore_errors=True)
         return opened_again(journal.folder / CHECKPOINT, skeleton), reports
+
+    @staticmethod
+    def _first_left(parts: Sequence[tuple[int, str, list[StageOptions]]], journal: Journal) -> int:
+        """Which part of the rounds comes after the last that has left its model, whole."""
+        for done in range(len(parts), 0, -1):
+            _, name, inner = parts[done - 1]
+            is_there = journal.has(f"reports-{done - 1:03d}") and (journal.folder / name).exists()
+            if is_there and isinstance(inner[0], TrainingOptions) and journal.inner(name).is_whole(CHECKPOINT):
+                return done
+        return 0
 
     def _iterate(
         self, skeleton: Skeleton, teacher: Skeleton, stage: Iterate, index: int, journal: Journal
@@ -203,19 +212,30 @@ class Preparation:
         rounds: list[list[Report]] = []
         own_progress = self._progress
         parts = [part for number in range(len(stage.fractions)) for part in _inner_runs(stage, number)]
+        first = self._first_left(parts, journal)
+        if first:
+            skeleton = opened_again(journal.inner(parts[first - 1][1]).folder / CHECKPOINT, skeleton)
+            self.keeps_zeros |= isinstance(stage.pruning, PruningOptions)
         last: Report = _report(stage, {})
         for done, (number, name, inner) in enumerate(parts):
 
             def progress(_: int, step: str, block: int, num_blocks: int, fraction: float, done: int = done) -> None:
                 own_progress(index, step, block, num_blocks, (done + fraction) / len(parts))
 
-            self._progress = progress
-            skeleton, reports = self._change(skeleton, teacher, inner, index, journal.inner(name))
+            self._progress, self._round = progress, f"/{name}"
+            reports: list[Report] = []
+            if done >= first:
+                skeleton, reports = self._change(skeleton, teacher, inner, index, journal.inner(name))
+            reports = journal.once(f"reports-{done:03d}", partial(list, reports))
+            if isinstance(inner[0], TrainingOptions):  # all that came before is in its model
+                for _, earlier, _ in parts[:done]:
+                    shutil.rmtree(journal.folder / earlier, ignore_errors=True)
             if number == len(rounds):
                 rounds.append([])
             rounds[-1] += reports
             if reports[-1]["layers"]:
                 last = reports[-1]
+        self._round = ""
         self._progress = own_progress
         told = [
             {"fraction": fraction, "stages": [{"technique": each["technique"], **each["metrics"]} for each in reports]}

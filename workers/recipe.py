@@ -122,6 +122,12 @@ class Training(_Part):
     def _names_a_field(cls, value: str | None, info: ValidationInfo) -> str | None:
         return _checked_label_field(value, info)
 
+    @property
+    def has_labels(self) -> bool:
+        """Whether it is said where the labels of the text are."""
+        beside = isinstance(self.dataset, InlineDataset) and self.dataset.labels is not None
+        return beside or self.label_field is not None
+
 
 class Evaluation(_Part):
     """Held-out text on which the original and the result are measured."""
@@ -256,7 +262,7 @@ class Recipe(_Part):
     def num_training_tokens(self) -> int | None:
         """How many tokens of the training text are read at most; None where that is decided by its length."""
         wanted = [stage.num_tokens for stage in self.training_stages]
-        if self._counts_tokens:
+        if self._counts_tokens or (self.training is not None and self.training.has_labels):
             return None
         return None if None in wanted else max((num for num in wanted if num is not None), default=0)
 

@@ -9,6 +9,7 @@ from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.sources.labels import has_labels
+from workers.sources.texts import is_one_source
 from workers.techniques import DistillationOptions, FineTuning, Iterate, TrainingOptions
 
 
@@ -19,6 +20,15 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
     """
     if not recipe.training_stages:
         return
+    training, evaluation = recipe.training, recipe.evaluation
+    is_shared = training is not None and is_one_source(training, evaluation)
+    if training is not None and is_shared and evaluation.label_field not in (None, training.label_field):
+        raise UserError(
+            "label_fields_differ",
+            "Training and evaluation name one text, and two fields for its labels.",
+            param="recipe.evaluation.label_field",
+            hint="Name one field, or give evaluation a text of its own.",
+        )
     task = architecture_of(config).task
     for param, stage in _with_places(recipe):
         if task == "masked":

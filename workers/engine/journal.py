@@ -9,6 +9,7 @@ again on the calibration text.
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ import xxhash
 from workers.disk import flush, write_json
 from workers.engine.activations import Activations
 from workers.formats.parts import Parts
+
+logger = logging.getLogger(__name__)
 
 PLANNING = "planning"  # the inner journal of what is decided before the first block
 # Of what a journal's hidden states, parts and entries stand for: raised where that changes within a version of Attar.
@@ -85,6 +88,38 @@ class Journal:
     def has(self, name: str) -> bool:
         """Whether ``name`` was asked for :meth:`once`."""
         return (self.folder / f"{name}.json").exists()
+
+    def folder_once(self, name: str, make: Callable[[Path], Any]) -> Any:
+        """The same of something that leaves files: ``make`` is given the folder ``name`` of this journal's.
+
+        What it leaves there is flushed, and held against its digests whenever it is asked for again: damaged, it is
+        made again. ``make`` may find files of an attempt that was stopped.
+        """
+        folder, path = self.folder / name, self.folder / f"{name}.json"
+        if path.exists():
+            kept = _unsealed(path)
+            if _digests_of(folder) == kept["value"]["files"]:
+                self.decided_under += kept["value"]["made_under"]
+                return kept["value"]["value"]
+            logger.warning("the %s of an earlier attempt is damaged and is made again", name)
+            path.unlink()
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(exist_ok=True)
+        before = len(self.decided_under)
+        value = make(folder)
+        for file in _files_of(folder):
+            flush(file)
+        flush(folder)
+        made_under = [*self.decided_under[before:], self.fingerprint]
+        content = {"value": value, "files": _digests_of(folder), "made_under": made_under}
+        self._write(path, _sealed({"value": content, "fingerprint": self.fingerprint}))
+        self.decided_under.append(self.fingerprint)
+        return value
+
+    def is_whole(self, name: str) -> bool:
+        """Whether such a folder is there and undamaged."""
+        path = self.folder / f"{name}.json"
+        return path.exists() and _digests_of(self.folder / name) == _unsealed(path)["value"]["files"]
 
     def inner(self, name: str) -> Journal:
         """A journal of a part of the work, in a folder of this one's."""
@@ -202,6 +237,15 @@ class Journal:
         write_json(temporary, content)
         temporary.rename(path)
         flush(path.parent)
+
+
+def _files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def _digests_of(folder: Path) -> dict[str, str]:
+    """Of every file of a folder, by its path in it."""
+    return {str(path.relative_to(folder)): _digest(path) for path in _files_of(folder)}
 
 
 def part_name(index: int) -> str:

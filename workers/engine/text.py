@@ -56,14 +56,22 @@ def tokenize(tokenizer: Any, documents: Iterable[str], *, param: str) -> Tensor:
     return torch.tensor(ids, dtype=torch.int64)
 
 
-def sequences(tokenizer: Any, documents: Sequence[str], max_seq_length: int, *, param: str, cuts: bool) -> list[Tensor]:
+def sequences(
+    tokenizer: Any,
+    documents: Sequence[str],
+    max_seq_length: int,
+    *,
+    param: str,
+    cuts: bool,
+    fewest_tokens: int = FEWEST_TOKENS,
+) -> list[Tensor]:
     """Each document with the special tokens that the model reads around it, as rows of token ids (int64).
 
     A longer one than ``max_seq_length`` tokens, those included, becomes several rows if ``cuts``, else loses its end.
 
     Raises:
-        UserError: ``empty_dataset`` if all have fewer than eight tokens together; ``invalid_tokenizer`` for one that
-            cannot cut.
+        UserError: ``empty_dataset`` if all have fewer than ``fewest_tokens`` together; ``invalid_tokenizer`` for one
+            that cannot cut.
     """
     with tokenizer_failures("invalid_tokenizer", "The tokenizer failed on the text"):
         encoded = tokenizer(
@@ -76,7 +84,7 @@ def sequences(tokenizer: Any, documents: Sequence[str], max_seq_length: int, *, 
             verbose=False,
         )
     found = [torch.tensor(ids, dtype=torch.int64) for ids in encoded["input_ids"]]
-    _check_length(sum(ids.numel() for ids in found), param)
+    _check_length(sum(ids.numel() for ids in found), param, fewest_tokens)
     return found
 
 
@@ -122,11 +130,11 @@ def calibration_samples(ids: Tensor, num_samples: int, max_seq_length: int, seed
     return windows[chosen.sort().values]
 
 
-def _check_length(num_tokens: int, param: str) -> None:
-    if num_tokens < FEWEST_TOKENS:
+def _check_length(num_tokens: int, param: str, fewest_tokens: int = FEWEST_TOKENS) -> None:
+    if num_tokens < fewest_tokens:
         raise UserError(
             "empty_dataset",
-            f"The text has {num_tokens} tokens; at least {FEWEST_TOKENS} are needed.",
+            f"The text has {num_tokens} tokens; at least {fewest_tokens} are needed.",
             param=param,
             hint="Give longer texts.",
         )

@@ -23,8 +23,8 @@ class Labels:
 
         Raises UserError ``unknown_label`` with ``param`` relative to the dataset's part of the recipe.
         """
-        if isinstance(label, str) and self.names.count(label) == 1:
-            return self.names.index(label)
+        if self.names.count(str(label)) == 1:
+            return self.names.index(str(label))
         number = (
             int(label) if isinstance(label, str) and label.isascii() and label.isdigit() and len(label) < 10 else label
         )

@@ -59,7 +59,10 @@ def write_texts(
         _TextFile(folder / "training.jsonl", recipe.num_training_tokens if reads_training else 0) as training_file,
         _TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
     ):
-        sources = _Sources(model_roots, token, labels, training_labels)
+        # One text has one field of labels, whoever reads it: see `check_training` for two.
+        is_shared = training is not None and is_one_source(training, evaluation)
+        read_as = (training_labels or labels) if is_shared else labels
+        sources = _Sources(model_roots, token, read_as, training_labels)
         seen: list[_Seen] = [_Seen("calibration", calibration, calibrating, recipe.needs_calibration)]
         if training is not None and reads_training:
             seen.append(_Seen("training", training, training_file, is_read=True))
@@ -77,6 +80,7 @@ def write_texts(
 
         def evaluate(document: Document, /, *, num_removed: int) -> bool:
             left = document if evaluation.allow_overlap else _left_of(document, used)
+            left = left if labels is not None else Document(left.text)
             return evaluating.add(left, num_removed=num_removed + len(document.text) - len(left.text))
 
         def share(document: Document, /, *, num_removed: int) -> bool:
@@ -194,7 +198,9 @@ def _sides(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> It
                 yield document, calibrate, evaluate
         return
     for index, document in enumerate(chain(first, documents)):
-        if index % _EVALUATION_EVERY == _EVALUATION_EVERY - 1:
+        # Rows of a table often come by class, or in turns.
+        number = index if document.label is None else _number_of(document.text)
+        if number % _EVALUATION_EVERY == _EVALUATION_EVERY - 1:
             yield document, evaluate, calibrate
         else:
             yield document, calibrate, evaluate
@@ -328,6 +334,11 @@ def _distinct(documents: Iterator[Document]) -> Iterator[Document]:
         if key not in seen:
             seen.add(key)
             yield document
+
+
+def _number_of(text: str) -> int:
+    """A number that hangs on a text alone, and on all of it."""
+    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8])
 
 
 def _cut(text: str) -> int:

@@ -19,6 +19,8 @@ from workers.training.objective import Weights
 from workers.training.samples import Augmented, Division, Order, Samples
 from workers.training.teachers import CachedTeacher
 
+SAMPLES = "samples"
+
 
 @dataclass(frozen=True, eq=False)
 class Source:
@@ -95,4 +97,4 @@ class Lesson:
 
 def samples_folder(folder: Path) -> Path:
     """Where, of a stage's folder, the training text is as token ids."""
-    return folder / "samples"
+    return folder / SAMPLES

@@ -20,6 +20,7 @@ from workers.training.objective import Objective
 from workers.training.ranks import Ranks
 from workers.training.rounding import LOG_SCALE
 from workers.training.samples import Batch, collate, of_like_length
+from workers.training.seeds import seed_of
 from workers.training.step_journal import Curve, StepJournal
 
 # At most so much work is lost with a killed process, and what keeping a state takes.
@@ -59,7 +60,7 @@ class Loop:
         self._ranks = ranks
         self._listener = listener
         self._param = f"recipe.stages[{lesson.index}]"
-        self._seed = lesson.seed * 1_000_003 + lesson.index
+        self._seed = lesson.seed
         self._masks = student.masks() if lesson.keeps_zeros else {}  # weights stay zero where these are false
         self.journal = StepJournal(lesson.folder / "steps", lesson.fingerprint)
         self.num_steps = stage.steps_for(corpus.division.training.numel())
@@ -93,6 +94,13 @@ class Loop:
             if self._ranks.is_first and now - kept_at >= self._lesson.seconds_a_state:
                 self.journal.write(curve, self._state())
                 kept_at = time.monotonic()
+        if self._stage.patience is not None and curve.lowest_step == 0:
+            raise UserError(
+                "nothing_learned",
+                f"The loss on held-out text was never lower than before training, in {curve.step} steps.",
+                param=f"{self._param}.learning_rate",
+                hint="Lower learning_rate, or raise patience or num_evaluations.",
+            )
         return curve, self._best or {name: each.detach() for name, each in self._student.parameters().items()}
 
     def _begin(self) -> Curve:
@@ -140,7 +148,7 @@ class Loop:
         total = 0.0
         for number, batch in batches:
             # Dropout: the same whatever process reads the batch, and however often it was killed on the way.
-            torch.manual_seed((self._seed * 1_000_003 + step) * 1_009 + number)
+            torch.manual_seed(seed_of(self._seed, step, number))
             with training_products(self._stage.precision):
                 loss = self._objective(batch.to(self._student.skeleton.device))
             (loss.total / num_targets).backward()  # type: ignore[no-untyped-call]

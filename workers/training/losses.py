@@ -27,12 +27,12 @@ class _LossOfHeads(torch.autograd.Function):
         of_hidden = torch.zeros_like(hidden)
         of_weight = torch.zeros_like(weight) if needs[1] else None
         of_bias = torch.zeros_like(bias) if needs[2] and bias is not None else None
+        # Leaves of their own for all pieces: under autocast each new one would be cast, and the cast kept.
+        own_weight, own_bias = (None if each is None else each.detach().requires_grad_() for each in (weight, bias))
         for begin in range(0, hidden.shape[0], ROWS_AT_A_TIME):
             rows = slice(begin, min(begin + ROWS_AT_A_TIME, hidden.shape[0]))
             with torch.enable_grad():
-                inputs = [
-                    None if each is None else each.detach().requires_grad_() for each in (hidden[rows], weight, bias)
-                ]
+                inputs = [hidden[rows].detach().requires_grad_(), own_weight, own_bias]
                 loss = loss_of(logits_of(inputs[0], inputs[1], inputs[2], cap), rows)  # type: ignore[arg-type]
             total += loss.detach()
             if not any(needs):

@@ -102,6 +102,9 @@ def open_whole(skeleton: Skeleton, *, trains: bool) -> Whole:
     model = skeleton.model
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     assert not missing, f"the table names no part that holds {missing[0]}"
+    for module in model.modules():
+        if hasattr(module, "layerdrop"):
+            module.layerdrop = 0.0  # a block that is left out by chance has no gradient, and no state to go on from
     model.requires_grad_(trains)
     model.train(trains)
     return Whole(model, skeleton)

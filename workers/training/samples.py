@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,10 @@ from workers.engine.text import DOCUMENT_SEPARATOR, sequences
 from workers.errors import UserError
 from workers.sources.tokenizer_file import tokenizer_failures
 from workers.techniques.training_options import Augmentation
+from workers.training.seeds import seed_of
 
+_TOKENS, _INDEX = "tokens.bin", "index.npz"
+_BYTES_A_TOKEN = 4
 # Characters that are tokenized at a time.
 _CHARACTERS_AT_A_TIME = 1_000_000
 _TEXTS_AT_A_TIME = 1_000
@@ -31,8 +34,9 @@ class Samples:
     """Sequences of token ids in one file, which is mapped and not read, and the class of each where it has one."""
 
     def __init__(self, folder: Path) -> None:
-        self._tokens = np.memmap(folder / "tokens.bin", dtype=np.int32, mode="r")
-        index = np.load(folder / "index.npz")
+        self._tokens = np.memmap(folder / _TOKENS, dtype=np.int32, mode="r")
+        index = np.load(folder / _INDEX)
+        self._is_held_out: np.ndarray[Any, Any] = index["is_held_out"]
         self._ends: np.ndarray[Any, Any] = index["ends"]
         self._labels: np.ndarray[Any, Any] | None = index["labels"] if len(index["labels"]) else None
 
@@ -43,6 +47,10 @@ class Samples:
     def has_labels(self) -> bool:
         """Whether each has a class."""
         return self._labels is not None
+
+    def is_held_out(self, number: int) -> bool:
+        """Whether a sample is kept to measure the loss on."""
+        return bool(self._is_held_out[number])
 
     def length(self, number: int) -> int:
         """Of a sample, in tokens."""
@@ -59,57 +67,71 @@ class Samples:
         return int(self._labels[number])
 
 
-def read_training_text(path: Path) -> Iterator[tuple[str, int | None]]:
-    """The texts that fetch left, and their classes."""
-    with path.open(encoding="utf-8") as lines:
-        for line in lines:
-            told = json.loads(line)
-            yield told["text"], told.get("label")
+def write_windows(
+    sides: Callable[[bool], Iterable[tuple[str, int | None]]], tokenizer: Any, max_seq_length: int, folder: Path
+) -> None:
+    """The text of each side as one row of ids, separated by blank lines, cut into samples of ``max_seq_length`` tokens.
 
-
-def write_windows(texts: Iterable[str], tokenizer: Any, max_seq_length: int, folder: Path) -> None:
-    """All texts as one row of ids, separated by blank lines, cut into samples of ``max_seq_length`` tokens.
-
-    Of a text shorter than that, one sample.
+    ``sides`` gives what is trained on, or what is held out. Of a text shorter than a sample, one sample.
     """
-    num_tokens = 0
-    with (folder / "tokens.bin").open("wb") as file:
-        for number, piece in enumerate(_pieces(texts)):
-            with tokenizer_failures("invalid_tokenizer", "The tokenizer failed on the training text"):
-                encoded = tokenizer(piece, return_attention_mask=False, add_special_tokens=number == 0, verbose=False)
-            ids = np.asarray(encoded["input_ids"], dtype=np.int32)
-            file.write(ids.tobytes())
-            num_tokens += len(ids)
-    length = max(1, min(max_seq_length, num_tokens))
-    write_index(folder, [length] * (num_tokens // length if num_tokens else 0), [])
+    lengths: list[int] = []
+    is_held_out: list[bool] = []
+    with (folder / _TOKENS).open("wb") as file:
+        for side in (False, True):
+            begin = file.tell()
+            for number, piece in enumerate(_pieces(text for text, _ in sides(side))):
+                with tokenizer_failures("invalid_tokenizer", "The tokenizer failed on the training text"):
+                    encoded = tokenizer(
+                        piece, return_attention_mask=False, add_special_tokens=number == 0, verbose=False
+                    )
+                file.write(np.asarray(encoded["input_ids"], dtype=np.int32).tobytes())
+            num_tokens = (file.tell() - begin) // _BYTES_A_TOKEN
+            length = max(1, min(max_seq_length, num_tokens))
+            count = num_tokens // length
+            lengths += [length] * count
+            is_held_out += [side] * count
+            file.truncate(begin + count * length * _BYTES_A_TOKEN)
+            file.seek(0, os.SEEK_END)
+    write_index(folder, lengths, [], is_held_out)
 
 
-def write_sequences(texts: Iterable[tuple[str, int | None]], tokenizer: Any, max_seq_length: int, folder: Path) -> None:
+def write_sequences(
+    sides: Callable[[bool], Iterable[tuple[str, int | None]]], tokenizer: Any, max_seq_length: int, folder: Path
+) -> None:
     """Each text as a sample of its own, with its class; without one, a longer text is cut into several samples."""
     lengths: list[int] = []
     labels: list[int] = []
-    waiting = iter(texts)
-    with (folder / "tokens.bin").open("wb") as file:
-        while some := list(islice(waiting, _TEXTS_AT_A_TIME)):
-            classes = [label for _, label in some if label is not None]
-            found = sequences(
-                tokenizer,
-                [text for text, _ in some],
-                max_seq_length,
-                param="recipe.training.dataset",
-                cuts=not classes,
-            )
-            for ids in found:
-                file.write(ids.numpy().astype(np.int32).tobytes())
-                lengths.append(ids.numel())
-            labels += classes
-    write_index(folder, lengths, labels)
+    is_held_out: list[bool] = []
+    with (folder / _TOKENS).open("wb") as file:
+        for side in (False, True):
+            waiting = iter(sides(side))
+            while some := list(islice(waiting, _TEXTS_AT_A_TIME)):
+                classes = [label for _, label in some if label is not None]
+                found = sequences(
+                    tokenizer,
+                    [text for text, _ in some],
+                    max_seq_length,
+                    param="recipe.training.dataset",
+                    cuts=not classes,
+                    fewest_tokens=0,
+                )
+                for ids in found:
+                    file.write(ids.numpy().astype(np.int32).tobytes())
+                    lengths.append(ids.numel())
+                labels += classes
+                is_held_out += [side] * len(found)
+    write_index(folder, lengths, labels, is_held_out)
 
 
-def write_index(folder: Path, lengths: Sequence[int], labels: Sequence[int]) -> None:
-    """Say where each sample of ``tokens.bin`` ends, and its class."""
-    with (folder / "index.npz").open("wb") as file:
-        np.savez(file, ends=np.cumsum(lengths, dtype=np.int64), labels=np.asarray(labels, dtype=np.int64))
+def write_index(folder: Path, lengths: Sequence[int], labels: Sequence[int], is_held_out: Sequence[bool]) -> None:
+    """Say where each sample of the tokens ends, its class, and whether it is kept to measure the loss on."""
+    with (folder / _INDEX).open("wb") as file:
+        np.savez(
+            file,
+            ends=np.cumsum(lengths, dtype=np.int64),
+            labels=np.asarray(labels, dtype=np.int64),
+            is_held_out=np.asarray(is_held_out, dtype=np.bool_),
+        )
 
 
 def _pieces(texts: Iterable[str]) -> Iterator[str]:
@@ -135,39 +157,31 @@ class Division:
     held_out: Tensor
 
 
-def divide(samples: Samples, fraction: float, seed: int) -> Division:
-    """Keep ``fraction`` of the samples, chosen by ``seed``, apart. A sample that repeats a kept one is not trained on.
+def divide(samples: Samples) -> Division:
+    """The samples of both sides; of the held-out ones as many as are worth being read many times.
 
     Raises:
-        UserError: ``too_little_text`` where there is too little to keep some.
+        UserError: ``too_little_text`` where there is too little of either.
     """
-    count = len(samples)
-    if count < _FEWEST_SAMPLES:
+    training = [number for number in range(len(samples)) if not samples.is_held_out(number)]
+    held_out: list[int] = []
+    num_tokens = 0
+    for number in range(len(samples)):
+        if not samples.is_held_out(number):
+            continue
+        num_tokens += samples.length(number)
+        if held_out and num_tokens > MOST_HELD_OUT_TOKENS:
+            break
+        held_out.append(number)
+    if len(training) + len(held_out) < _FEWEST_SAMPLES or not training or not held_out:
         raise UserError(
             "too_little_text",
-            f"The training text gives {count} samples; at least {_FEWEST_SAMPLES} are needed, some of them to measure "
-            "the loss on.",
+            f"The training text gives {len(training)} samples to train on and {len(held_out)} to measure the loss on; "
+            f"at least {_FEWEST_SAMPLES} different ones are needed.",
             param="recipe.training.dataset",
             hint="Give more text, or a smaller max_seq_length.",
         )
-    shuffled = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out: list[int] = []
-    num_tokens = 0
-    for number in shuffled[: max(1, round(fraction * count))]:
-        if held_out and num_tokens + samples.length(number) > MOST_HELD_OUT_TOKENS:
-            break
-        held_out.append(number)
-        num_tokens += samples.length(number)
-    kept = {samples.ids(number).numpy().tobytes() for number in held_out}
-    training = [number for number in range(count) if samples.ids(number).numpy().tobytes() not in kept]
-    if not training:
-        raise UserError(
-            "too_little_text",
-            "All samples of the training text are alike.",
-            param="recipe.training.dataset",
-            hint="Give other text.",
-        )
-    return Division(torch.tensor(training), torch.tensor(sorted(held_out)))
+    return Division(torch.tensor(training), torch.tensor(held_out))
 
 
 class Order:
@@ -190,7 +204,7 @@ class Order:
             if epoch == 0 and self._first_epoch is not None:
                 order = self._first_epoch
             else:
-                generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
+                generator = torch.Generator().manual_seed(seed_of(self._seed, epoch))
                 order = self._numbers[torch.randperm(self._numbers.numel(), generator=generator)]
             self._epoch = (epoch, order)
         return int(self._epoch[1][index])
@@ -260,7 +274,7 @@ class Augmented:
 
     def __call__(self, ids: Tensor, number: int) -> tuple[Tensor, Tensor]:
         """The tokens that are left, and the same with some masked. Special tokens stay, and two tokens at least."""
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(seed_of(self._seed, number))
         chances = torch.rand(2, ids.numel(), generator=generator)
         is_special = torch.isin(ids, self._special_tokens)
         stays = is_special | (chances[0] >= self._options.delete_probability)

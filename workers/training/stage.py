@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.architectures import Architecture
 from workers.engine.device import release_memory
 from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
@@ -23,7 +24,7 @@ from workers.techniques.training_options import Augmentation
 from workers.texts import Texts
 from workers.training import loop
 from workers.training.learning import learn
-from workers.training.lesson import Lesson, Source, samples_folder
+from workers.training.lesson import SAMPLES, Lesson, Source, samples_folder
 from workers.training.loop import Listener, thinned
 from workers.training.model import CHECKPOINT, Whole
 from workers.training.objective import Objective, Weights
@@ -34,12 +35,15 @@ from workers.training.samples import (
     Samples,
     collate,
     divide,
-    read_training_text,
     write_sequences,
     write_windows,
 )
+from workers.training.seeds import seed_of
+from workers.training.sides import Sides
 from workers.training.step_journal import Curve
 from workers.training.synthesis import write_synthetic
+
+_EASINESS = "easiness"
 
 Progress = Callable[[str, int, int, float], None]  # what is done, step, number of steps, fraction of the stage
 
@@ -53,6 +57,7 @@ class TrainingStage:
     recipe: Recipe
     student: Skeleton  # what lies on disk is opened anew: no weight of these is loaded or changed
     teacher: Skeleton  # the model that the student was made from
+    place: str  # of the stage in the recipe, and of the round that it is in: chance is another in each
     texts: Texts
     journal: Journal  # the stage's own
     progress: Progress
@@ -66,11 +71,17 @@ class TrainingStage:
         Raises:
             UserError: ``too_little_text``, ``non_finite_loss`` or another that says what to change.
         """
-        metrics: dict[str, Any] = self.journal.once("trained", self._train)
+        metrics: dict[str, Any] = self.journal.folder_once(CHECKPOINT, lambda _: self._train())
         for path in self.journal.folder.iterdir():
             if path.is_dir() and path.name != CHECKPOINT:
                 shutil.rmtree(path)
+        for name in (SAMPLES, _EASINESS):
+            (self.journal.folder / f"{name}.json").unlink(missing_ok=True)
         return metrics
+
+    @property
+    def _seed(self) -> int:
+        return seed_of(self.recipe.seed, self.place)
 
     def _train(self) -> dict[str, Any]:
         stage = self.stage
@@ -86,7 +97,7 @@ class TrainingStage:
             learned = learn_in_processes(lesson, stage.num_processes, listener)
         self.journal.decided_under.extend(learned.fingerprints)
         samples = Samples(samples_folder(lesson.folder))
-        return _metrics(learned.curve, learned.num_steps, samples, lesson.division.training.numel())
+        return _metrics(learned.curve, lesson, learned.num_steps, samples)
 
     def _lesson(self) -> Lesson:
         """What is to be learned, with all that is written before the first step, or found where it was written."""
@@ -95,12 +106,19 @@ class TrainingStage:
         opened = cache(partial(Source.open, trains=False))
         judge = partial(opened, teacher if self._has_teacher() else student)
         samples = self._samples(tokenizer, partial(opened, teacher))
-        division = divide(samples, stage.held_out_fraction, self.recipe.seed)
+        division = divide(samples)
+        if lesson_needs_labels(stage, self.student.architecture) and not samples.has_labels:
+            raise UserError(
+                "label_field_missing",
+                "The model is a classifier, and the training text says no classes.",
+                param="recipe.training.label_field",
+                hint="Name the field of a row that holds its class, or send labels beside inline texts.",
+            )
         padding = _padding(tokenizer)
         lesson = Lesson(
             stage=stage,
             index=self.index,
-            seed=self.recipe.seed,
+            seed=self._seed,
             student=student,
             teacher=teacher if self._has_teacher() else None,
             folder=self.journal.folder,
@@ -117,6 +135,8 @@ class TrainingStage:
         if cached is not None and not cached.is_filled:
             size = max(1, loop.TOKENS_A_MICRO_BATCH // stage.max_seq_length)
             cached.fill(judge(), padding, size, stage.precision, lambda done: self.progress("teacher", 0, 0, done))
+        if cached is not None:
+            self.journal.decided_under.extend(cached.note_fingerprint(self.journal.fingerprint))
         return lesson
 
     def _has_teacher(self) -> bool:
@@ -128,29 +148,23 @@ class TrainingStage:
 
     def _samples(self, tokenizer: Any, teacher: Callable[[], Whole]) -> Samples:
         """The text as token ids: made once, and found again by an attempt that goes on."""
-        stage, folder = self.stage, samples_folder(self.journal.folder)
+        stage = self.stage
         length = min(stage.max_seq_length, self.student.checkpoint.max_positions)
-        if not self.journal.has("samples"):
-            folder.mkdir(exist_ok=True)
+
+        def write(folder: Path) -> None:
             synthetic = stage.synthetic if isinstance(stage, DistillationOptions) else None
+            fraction = max(each.held_out_fraction for each in self.recipe.training_stages)
             if synthetic is not None:
-                seed = self.recipe.seed * 1_000_003 + self.index
-                write_synthetic(
-                    teacher(),
-                    tokenizer,
-                    synthetic,
-                    length,
-                    seed,
-                    folder,
-                    lambda done: self.progress("sample", 0, 0, done),
-                )
-            elif self.student.architecture.task == "causal":
-                texts = (text for text, _ in read_training_text(self.texts.training_path))
-                write_windows(texts, tokenizer, length, folder)
-            else:
-                write_sequences(read_training_text(self.texts.training_path), tokenizer, length, folder)
-            self.journal.once("samples", lambda: True)
-        return Samples(folder)
+                told = partial(self.progress, "sample", 0, 0)
+                write_synthetic(teacher(), tokenizer, synthetic, length, fraction, self._seed, folder, told)
+                return
+            # The same for all stages of the recipe, whatever samples they make of it.
+            sides = Sides(self.texts.training_path, fraction, seed_of(self.recipe.seed, "held out"))
+            writes = write_windows if self.student.architecture.task == "causal" else write_sequences
+            writes(sides, tokenizer, length, folder)
+
+        self.journal.folder_once(SAMPLES, write)
+        return Samples(samples_folder(self.journal.folder))
 
     def _augmented(self, tokenizer: Any) -> Callable[[int], Augmented] | None:
         options = self.stage.augmentation
@@ -164,8 +178,7 @@ class TrainingStage:
                 param=f"recipe.stages[{self.index}].augmentation.mask_probability",
                 hint="Leave tokens out by delete_probability alone.",
             )
-        seed, special = self.recipe.seed * 1_000_003 + self.index, tokenizer.all_special_ids
-        return partial(_augmented, options, mask_token or 0, special, seed)
+        return partial(_augmented, options, mask_token or 0, tokenizer.all_special_ids, self._seed)
 
     @torch.no_grad()
     def _first_epoch(
@@ -189,14 +202,14 @@ class TrainingStage:
                 self.progress("order", 0, 0, done / numbers.numel())
             return found
 
-        return numbers[torch.argsort(torch.tensor(self.journal.once("easiness", losses)), stable=True)]
+        return numbers[torch.argsort(torch.tensor(self.journal.once(_EASINESS, losses)), stable=True)]
 
 
 def _augmented(
     options: Augmentation, mask_token: int, special_tokens: Sequence[int], seed: int, step: int
 ) -> Augmented:
     """What chance does to the tokens of a step."""
-    return Augmented(options, mask_token, special_tokens, seed * 1_000_003 + step)
+    return Augmented(options, mask_token, special_tokens, seed_of(seed, "augmentation", step))
 
 
 def _padding(tokenizer: Any) -> int:
@@ -204,13 +217,21 @@ def _padding(tokenizer: Any) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
-def _metrics(curve: Curve, num_steps: int, samples: Samples, num_training: int) -> dict[str, Any]:
+def lesson_needs_labels(stage: TrainingOptions, architecture: Architecture) -> bool:
+    """Whether a stage learns classes from the text, and not from a teacher alone."""
+    is_hard = not isinstance(stage, DistillationOptions) or stage.alpha > 0
+    return is_hard and architecture.task == "classification"
+
+
+def _metrics(curve: Curve, lesson: Lesson, num_steps: int, samples: Samples) -> dict[str, Any]:
     first, last = curve.points[0], curve.points[-1]
+    if lesson.stage.patience is not None:  # the weights that are kept are those of the lowest loss
+        last = next(point for point in curve.points if point["step"] == curve.lowest_step)
     return {
         "num_steps": curve.step,
         "planned_num_steps": num_steps,
         "num_samples": len(samples),
-        "num_training_samples": num_training,
+        "num_training_samples": lesson.division.training.numel(),
         "num_tokens": curve.num_tokens,
         "seconds": round(curve.seconds, 3),
         "tokens_per_second": curve.num_tokens / curve.seconds if curve.seconds else None,

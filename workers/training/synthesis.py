@@ -9,11 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+import xxhash
 
 from workers.disk import flush, write_json
 from workers.techniques.distillation_options import SyntheticText
 from workers.training.model import Whole
 from workers.training.samples import write_index
+from workers.training.seeds import seed_of
 
 # Texts that are written at a time: the cache of keys and values grows with them.
 _TEXTS_AT_A_TIME = 32
@@ -25,6 +27,7 @@ def write_synthetic(
     tokenizer: Any,
     options: SyntheticText,
     max_seq_length: int,
+    held_out_fraction: float,
     seed: int,
     folder: Path,
     progress: Callable[[float], None],
@@ -34,23 +37,40 @@ def write_synthetic(
     Each begins as the tokenizer begins a text, or with a token drawn among all. What an earlier attempt wrote is kept.
     """
     entry, path = folder / "written.json", folder / "tokens.bin"
-    done = int(json.loads(entry.read_text(encoding="utf-8"))["num_samples"]) if entry.exists() else 0
+    done = _num_written(entry, path)
     with path.open("r+b" if done else "wb") as file:
         file.truncate(done * max_seq_length * np.dtype(np.int32).itemsize)
         file.seek(0, 2)
         while done < options.num_samples:
             count = min(_TEXTS_AT_A_TIME, options.num_samples - done)
-            torch.manual_seed(seed * 1_000_003 + done)
+            torch.manual_seed(seed_of(seed, done))
             ids = _write(teacher, tokenizer, options, count, max_seq_length)
             file.write(ids.numpy().astype(np.int32).tobytes())
             file.flush()
             flush(path)
             done += count
             temporary = entry.with_name(".written.tmp")
-            write_json(temporary, {"num_samples": done})
+            write_json(temporary, {"num_samples": done, "xxh3": _digest(path)})
             temporary.rename(entry)
             progress(done / options.num_samples)
-    write_index(folder, [max_seq_length] * options.num_samples, [])
+    # All are drawn alike: the last ones are as good as any.
+    num_held_out = max(1, round(held_out_fraction * options.num_samples))
+    is_held_out = [number >= options.num_samples - num_held_out for number in range(options.num_samples)]
+    entry.unlink()
+    write_index(folder, [max_seq_length] * options.num_samples, [], is_held_out)
+
+
+def _num_written(entry: Path, tokens: Path) -> int:
+    """How many samples an earlier attempt has left whole."""
+    try:
+        told = json.loads(entry.read_bytes())
+        return int(told["num_samples"]) if told["xxh3"] == _digest(tokens) else 0
+    except (OSError, ValueError, KeyError):
+        return 0
+
+
+def _digest(path: Path) -> str:
+    return str(xxhash.xxh3_128_hexdigest(path.read_bytes()))
 
 
 def _write(teacher: Whole, tokenizer: Any, options: SyntheticText, count: int, length: int) -> torch.Tensor:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+import xxhash
 from torch import Tensor
 
 from workers.disk import flush, write_json
@@ -95,8 +98,9 @@ class CachedTeacher:
         self, teacher: Whole, padding: int, micro_batch_size: int, precision: str, progress: Callable[[float], None]
     ) -> None:
         """Have the teacher read every sample that it has not read."""
-        entry = self._folder / _FILLED
         since = done = self._num_filled()
+        entry = self._read_entry()
+        entry["chunks"] = [chunk for chunk in entry["chunks"] if chunk[0] <= done]
         while done < len(self._samples):
             numbers = list(range(done, min(done + micro_batch_size, len(self._samples))))
             batch = collate(self._samples, numbers, padding, None, causal=self._causal).to(teacher.skeleton.device)
@@ -106,10 +110,8 @@ class CachedTeacher:
             if done - since >= _SAMPLES_AN_ENTRY or done == len(self._samples):
                 for mapped in (self._values, self._tokens, self._log_totals):
                     mapped.flush()
-                temporary = entry.with_name(".filled.tmp")
-                write_json(temporary, {"num_samples": done})
-                temporary.rename(entry)
-                flush(self._folder)
+                entry["chunks"].append([done, self._digest_of(since, done), None])
+                self._write_entry(entry)
                 since = done
             progress(done / len(self._samples))
 
@@ -126,10 +128,51 @@ class CachedTeacher:
             of_student, values[rows], tokens[rows], totals[rows], self._temperature
         )
 
+    def note_fingerprint(self, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
+        """Say under what the logits were made that have none yet; under what all were made."""
+        entry = self._read_entry()
+        entry["chunks"] = [[done, digest, under or fingerprint] for done, digest, under in entry["chunks"]]
+        self._write_entry(entry)
+        found: list[dict[str, Any]] = []
+        for _, _, under in entry["chunks"]:
+            if under not in found:
+                found.append(under)
+        return found
+
     def _num_filled(self) -> int:
-        """How many samples the teacher has read."""
-        entry = self._folder / _FILLED
-        return int(json.loads(entry.read_text(encoding="utf-8"))["num_samples"]) if entry.exists() else 0
+        """How many samples the teacher has read, as far as they are whole."""
+        done = 0
+        for end, digest, _ in self._read_entry()["chunks"]:
+            if self._digest_of(done, end) != digest:
+                break
+            done = end
+        return done
+
+    def _read_entry(self) -> dict[str, Any]:
+        try:
+            entry: dict[str, Any] = json.loads((self._folder / _FILLED).read_bytes())
+            return {"chunks": [[int(done), str(digest), under] for done, digest, under in entry["chunks"]]}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {"chunks": []}
+
+    def _write_entry(self, entry: dict[str, Any]) -> None:
+        temporary = self._folder / ".filled.tmp"
+        write_json(temporary, entry)
+        temporary.rename(self._folder / _FILLED)
+        flush(self._folder)
+
+    def _digest_of(self, begin: int, end: int) -> str:
+        """Of the logits of some samples."""
+        rows = slice(self._first_row(begin), self._first_row(end))
+        digest = xxhash.xxh3_128()
+        for mapped in (self._values, self._tokens, self._log_totals):
+            digest.update(np.ascontiguousarray(mapped[rows]).tobytes())
+        return str(digest.hexdigest())
+
+    def _first_row(self, number: int) -> int:
+        if self._ends is None:
+            return number
+        return int(self._ends[number - 1]) if number else 0
 
     def _rows_of(self, number: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
         if self._ends is None:
@@ -159,7 +202,12 @@ class CachedTeacher:
 
 
 def _mapped(path: Path, dtype: type[np.generic], shape: tuple[int, ...]) -> np.memmap[Any, Any]:
-    return np.memmap(path, dtype=dtype, mode="r+" if path.exists() else "w+", shape=shape)
+    """A file of so many values, all of whose room is there: a full disk is an error here, and not a signal later."""
+    num_bytes = math.prod(shape) * np.dtype(dtype).itemsize
+    if not path.exists() or path.stat().st_size != num_bytes:
+        with path.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, num_bytes)
+    return np.memmap(path, dtype=dtype, mode="r+", shape=shape)
 
 
 def scored_positions(batch: Batch) -> Tensor:

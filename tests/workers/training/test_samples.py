@@ -2,22 +2,38 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoTokenizer
 
+from tests.models import write_tokenizer
 from workers.errors import UserError
 from workers.techniques.training_options import Augmentation
-from workers.training.samples import NOT_SCORED, Augmented, Order, Samples, collate, divide, write_index
+from workers.training.samples import (
+    NOT_SCORED,
+    Augmented,
+    Order,
+    Samples,
+    collate,
+    divide,
+    write_index,
+    write_sequences,
+)
+from workers.training.seeds import seed_of
+from workers.training.sides import Sides
 
 
-def written(folder: Path, rows: list[list[int]], labels: list[int] | None = None) -> Samples:
+def written(
+    folder: Path, rows: list[list[int]], labels: list[int] | None = None, is_held_out: list[bool] | None = None
+) -> Samples:
     folder.mkdir(parents=True)
     np.array([token for row in rows for token in row], dtype=np.int32).tofile(folder / "tokens.bin")
-    write_index(folder, [len(row) for row in rows], labels or [])
+    write_index(folder, [len(row) for row in rows], labels or [], is_held_out or [False] * len(rows))
     return Samples(folder)
 
 
@@ -28,21 +44,58 @@ def test_samples_come_back_as_they_were_written(tmp_path: Path) -> None:
     assert [samples.label(number) for number in range(3)] == [0, 1, 0]
 
 
+def sides(folder: Path, texts: list[str], fraction: float = 0.1, seed: int = 0) -> Sides:
+    path = folder / f"{len(list(folder.iterdir()))}.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return Sides(path, fraction, seed)
+
+
 def test_what_is_held_out_is_never_trained_on_in_any_copy(tmp_path: Path) -> None:
-    samples = written(tmp_path / "samples", [[number % 20, 7] for number in range(60)])
-    division = divide(samples, 0.1, seed=0)
-    kept = {tuple(samples.ids(number).tolist()) for number in division.held_out.tolist()}
-    assert len(division.held_out) == 6
-    assert not kept & {tuple(samples.ids(number).tolist()) for number in division.training.tolist()}
-    others = {(number, 7) for number in range(20)} - kept
-    assert others == {tuple(samples.ids(number).tolist()) for number in division.training.tolist()}
+    found = sides(tmp_path, [f"Text  {number % 20} of  all" for number in range(60)] + ["text 3 OF all"])
+    kept, seen = ({" ".join(text.lower().split()) for text, _ in found(side)} for side in (True, False))
+    assert len(kept) == 2
+    assert not kept & seen
+    assert len(kept | seen) == 20
 
 
-@pytest.mark.parametrize("rows", [[[1, 2]] * 3, [[1, 2]] * 40])
-def test_too_little_text_is_refused(rows: list[list[int]], tmp_path: Path) -> None:
+def test_which_text_is_held_out_hangs_on_the_text_alone(tmp_path: Path) -> None:
+    texts = [f"Text {number}" for number in range(50)]
+    first, other = (set(sides(tmp_path, each)(held_out=True)) for each in (texts, texts[::-1]))
+    assert first == other
+    assert set(sides(tmp_path, texts, seed=1)(held_out=True)) != first
+
+
+def test_a_text_of_one_document_has_two_sides(tmp_path: Path) -> None:
+    book = " ".join(f"word{number}" for number in range(5_000))
+    found = sides(tmp_path, [book])
+    kept, seen = ("".join(text for text, _ in found(side)) for side in (True, False))
+    assert 0 < len(kept) < 0.3 * len(seen)
+    assert sorted((kept + " " + seen).split()) == sorted(book.split())
+
+
+def test_the_last_of_many_texts_may_be_short(tmp_path: Path) -> None:
+    write_tokenizer(tmp_path / "tokenizer", 384, is_encoder=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tokenizer")
+    labelled = [(f"text {number}", number % 2) for number in range(1_000)] + [("ok", 0)]
+    (tmp_path / "samples").mkdir()
+    write_sequences(lambda held_out: labelled[-1:] if held_out else labelled, tokenizer, 32, tmp_path / "samples")
+    samples = Samples(tmp_path / "samples")
+    assert len(samples) == 1_002
+    assert [samples.is_held_out(number) for number in (0, 1_000, 1_001)] == [False, False, True]
+    assert [samples.label(number) for number in (0, 1, 1_000)] == [0, 1, 0]
+
+
+@pytest.mark.parametrize("is_held_out", [[False] * 3 + [True], [False] * 40, [True] * 40])
+def test_too_little_text_is_refused(is_held_out: list[bool], tmp_path: Path) -> None:
     with pytest.raises(UserError) as raised:
-        divide(written(tmp_path / "samples", rows), 0.1, seed=0)
+        divide(written(tmp_path / "samples", [[1, 2]] * len(is_held_out), is_held_out=is_held_out))
     assert (raised.value.code, raised.value.param) == ("too_little_text", "recipe.training.dataset")
+
+
+def test_no_two_seeds_are_one() -> None:
+    seeds = {seed_of(seed, step, number) for seed in (0, 1, 2**31 - 1) for step in range(40) for number in range(40)}
+    assert len(seeds) == 3 * 40 * 40
+    assert max(seeds) < 2**63
 
 
 def test_each_sample_is_read_once_an_epoch_and_in_another_order_in_the_next() -> None:
