@@ -17,7 +17,8 @@ def test_every_technique_is_listed_with_a_json_schema(client: TestClient, auth: 
         options = technique["options"]
         assert options["additionalProperties"] is False
         assert options["properties"]["technique"]["const"] == technique["name"]
-        assert all("default" in option for option in options["properties"].values())
+        required = options.get("required", [])
+        assert all("default" in option or name in required for name, option in options["properties"].items())
 
 
 def test_every_preset_is_a_resolved_recipe(client: TestClient, auth: dict[str, str]) -> None:
