@@ -96,7 +96,9 @@ def _step(job: Mapping[str, Any]) -> str:
     if step.startswith("plan."):  # a pass of its own over all blocks, before the first is compressed
         names.append("planning")
     if progress.get("block") is not None and progress.get("num_blocks"):
-        names.append(f"block {progress['block'] + 1} of {progress['num_blocks']}")
+        # A training counts its steps there, those that are done.
+        unit, done = ("step", progress["block"]) if step == "train" else ("block", progress["block"] + 1)
+        names.append(f"{unit} {done} of {progress['num_blocks']}")
     elif step:
         names.append(step)
     return ", ".join(names)

@@ -26,6 +26,11 @@ def test_a_running_job_is_described_by_stage_block_and_time_left() -> None:
     assert describe(running) == "running · gptq, block 12 of 30 · 1:24 left"
 
 
+def test_a_training_counts_its_steps() -> None:
+    training = job(stage=0, step="train", block=176, num_blocks=900)
+    assert describe(training) == "running · gptq, step 176 of 900"
+
+
 def test_a_plan_is_told_from_the_blocks_that_follow_it() -> None:
     planning = job(stage=0, step="plan.model.layers.11", block=11, num_blocks=30)
     assert describe(planning) == "running · gptq, planning, block 12 of 30"
