@@ -24,6 +24,7 @@ from workers.formats.parts import Parts
 from workers.recipe import Output, Recipe
 from workers.stage_report import stage_report
 from workers.techniques import (
+    GPTQ,
     Iterate,
     LayerOptions,
     PruningOptions,
@@ -39,6 +40,8 @@ from workers.training.stage import TrainingStage
 
 Progress = Callable[[int, str, int, int, float], None]  # stage, step, block, num_blocks, fraction of the stage
 Report = dict[str, Any]
+
+_CODES = "codes"  # the folder with codes of a checkpoint that training begins with
 
 
 class Preparation:
@@ -100,13 +103,15 @@ class Preparation:
         self, skeleton: Skeleton, teacher: Skeleton, stage: QuantizationAwareFineTuning, index: int
     ) -> tuple[Skeleton, dict[str, Any]]:
         journal = self._journal.inner(stage_name(index))
-        codes: Path | None = None
+        first_codes: Path | None = None
         if stage.initialization == "gptq":
             beginning = journal.inner("beginning")
-            codes = beginning.folder / "codes"
+            first_codes = beginning.folder / CHECKPOINT / _CODES
             if not journal.is_whole(CHECKPOINT):
-                self._compress_layers(skeleton, [stage.beginning], index, beginning, Parts(codes))
-        return self._train(skeleton, teacher, stage, index, journal, codes)
+                names = ("scheme", "group_size", "symmetric", "ignore")
+                gptq = GPTQ.model_validate({name: getattr(stage, name) for name in names})
+                self._compress_layers(skeleton, [gptq], index, beginning, keeps_codes=True)
+        return self._train(skeleton, teacher, stage, index, journal, first_codes)
 
     def _change(
         self, skeleton: Skeleton, teacher: Skeleton, stages: Sequence[StageOptions], index: int, journal: Journal
@@ -162,12 +167,17 @@ class Preparation:
         stages: Sequence[StageOptions],
         index: int,
         journal: Journal,
-        codes_too: Parts | None = None,
+        *,
+        keeps_codes: bool = False,
     ) -> tuple[Skeleton, list[Report]]:
-        """Run stages over all layers as the artifact's last ones are, and leave a checkpoint, and ``codes_too``."""
+        """Run stages over all layers as the artifact's last ones are, and leave a checkpoint.
+
+        With ``keeps_codes`` what stands for quantized layers lies in a folder of it, whether or not they changed.
+        """
         recipe = self._recipe.with_stages(stages, index)
         recipe = recipe.model_copy(update={"output": Output(format="safetensors")})
         last = index + len(stages) - 1
+        codes_too = Parts(journal.folder / _CODES) if keeps_codes else None
 
         def compressed(folder: Path) -> list[Report]:
             def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
@@ -184,7 +194,9 @@ class Preparation:
                 codes_too=codes_too,
             )
             streamed = stream.run(calibration, probe)
-            if codes_too is None:
+            if codes_too is not None:
+                shutil.copytree(codes_too.folder, folder / _CODES, dirs_exist_ok=True)
+            else:
                 check_changed(recipe, streamed, skeleton.checkpoint, journal.parts)
             journal.parts.assemble(folder)
             write_json(folder / "config.json", plain_config(skeleton.checkpoint))

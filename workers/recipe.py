@@ -320,7 +320,9 @@ class Recipe(_Part):
     @property
     def plan_share(self) -> float:
         """What part of the time goes into a plan of how to treat each layer; 0 where there is none."""
-        return max((stage.plan_share for stage in self.layer_stages), default=0.0)
+        contained = [stage.pruning for stage in self.stages if isinstance(stage, Iterate)]
+        planning = [stage for stage in (*self.stages, *contained) if isinstance(stage, LayerOptions)]
+        return max((stage.plan_share for stage in planning), default=0.0)
 
     @property
     def stores_codes(self) -> bool:

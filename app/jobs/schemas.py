@@ -104,20 +104,24 @@ def _preset(value: object) -> object:
             "There is no preset '{name}'",
             {"name": str(name)[:100], "hint": "One of: " + ", ".join(PRESETS) + ". Or send a recipe as an object."},
         )
-    # Another choice of stages may need another format.
-    base = {key: part for key, part in PRESETS[name].recipe.items() if key != "output" or "stages" not in changes}
-    return {**base, **changes}
+    if "stages" in changes:
+        raise PydanticCustomError(
+            "preset_with_stages",
+            "A preset has stages of its own",
+            {"hint": "Leave `preset` out and send the stages; GET /v1/recipes spells all presets out."},
+        )
+    return {**PRESETS[name].recipe, **changes}
 
 
 class _ChangedPreset(_Sent):
     """A preset with parts of its recipe replaced."""
 
     preset: Annotated[str, Field(json_schema_extra={"enum": list(PRESETS)})]
-    calibration: Calibration | None = None
+    calibration: Calibration = Calibration()
     training: Training | None = None
-    evaluation: Evaluation | None = None
-    output: Output | None = None
-    seed: int | None = None
+    evaluation: Evaluation = Evaluation()
+    output: Output = Output()
+    seed: int = 0
 
 
 _RecipeOrPreset = Annotated[

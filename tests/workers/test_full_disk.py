@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.models import write_tiny_llama
-from tests.workers.attempts import compressed, fetched
+from tests.workers.attempts import TEXTS, compressed, fetched
 
 RECIPE = {
     "stages": [
@@ -105,6 +105,21 @@ def test_while_it_compresses(model: Path, tmp_path: Path) -> None:
     # In the journal, the hidden states, the parts, and while they are put together.
     assert len({outcome["step"] for outcome in outcomes[:-1]}) >= 4
     assert "export" in {outcome["step"] for outcome in outcomes[:-1]}
+
+
+def test_while_it_trains(model: Path, tmp_path: Path) -> None:
+    shape = {"num_steps": 3, "batch_size": 4, "max_seq_length": 32, "precision": "float32"}
+    recipe = {
+        "stages": [{"technique": "logit_distillation", "teacher_top_k": 16, **shape}, RECIPE["stages"][0]],
+        "training": {"dataset": {"texts": TEXTS[:100]}},
+    }
+    prepared = fetched(tmp_path / "prepared", model, recipe)
+    (prepared.work / "request.json").write_text(json.dumps(prepared.request))
+    whole = compressed(tmp_path / "whole", model, recipe)
+    needed = size_of(whole.work) - size_of(whole.work / "source")
+    outcomes = on_small_disks("compress", prepared.work, [needed * step // 12 for step in range(10)] + [8 * needed])
+    assert {outcome["code"] for outcome in outcomes[:-1]} == {"disk_full"}
+    assert outcomes[-1]["code"] is None
 
 
 def test_while_it_certifies(model: Path, tmp_path: Path) -> None:

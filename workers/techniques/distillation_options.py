@@ -62,6 +62,8 @@ class DistillationOptions(TrainingOptions):
     def _fits_cache(self) -> Self:
         if self.teacher_top_k is not None and self.hidden_weight:
             raise OptionError("teacher_top_k", "must be null where hidden_weight is given: hidden states are not kept")
+        if self.teacher_top_k is not None and self.alpha == 1:
+            raise OptionError("teacher_top_k", "must be null with alpha 1, which has no teacher")
         if self.teacher_top_k is not None and self.augmentation != type(self.augmentation)():
             raise OptionError("teacher_top_k", "must be null with augmentation: the teacher reads other tokens then")
         return self

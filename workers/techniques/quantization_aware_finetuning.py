@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from workers.techniques.distillation_options import DistillationOptions
-from workers.techniques.gptq import GPTQ
 from workers.techniques.options import Kind, OptionError
 from workers.techniques.quantization_options import QuantizationOptions
 
@@ -48,12 +47,6 @@ class QuantizationAwareFineTuning(QuantizationOptions, DistillationOptions):
     def relative_time(self) -> float:
         """Of its training."""
         return 10.0
-
-    @property
-    def beginning(self) -> GPTQ:
-        """What gives the first codes where training begins with GPTQ's."""
-        names = ("scheme", "group_size", "symmetric", "ignore")
-        return GPTQ.model_validate({name: getattr(self, name) for name in names})
 
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Take over the codes that training has ended with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from workers.engine.device import keeping_freed_memory, release_memory
+from workers.engine.device import keeping_freed_memory
 from workers.techniques import DistillationOptions, QuantizationAwareFineTuning
 from workers.training.lesson import Lesson
 from workers.training.loop import Listener, Loop
@@ -47,7 +47,6 @@ def learn(lesson: Lesson, ranks: Ranks, listener: Listener) -> Learned:
     if ranks.is_first:
         values, codes = stored_values(rounded, weights), codes_of(rounded, weights)
         write_checkpoint(student, values, lesson.folder / CHECKPOINT, codes)
-    release_memory()
     return Learned(curve, loop.num_steps, loop.journal.fingerprints)
 
 

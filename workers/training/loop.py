@@ -114,7 +114,7 @@ class Loop:
             for name, parameter in self._parameters.items():
                 parameter.copy_(tensors[f"weight.{name}"])
                 self._optimizer.state[parameter] = {
-                    "step": torch.tensor(float(curve.step)),
+                    "step": torch.tensor(float(curve.step), device=parameter.device),
                     "exp_avg": tensors[f"mean.{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"square.{name}"].to(parameter.device),
                 }

@@ -31,7 +31,7 @@ class _LossOfHeads(torch.autograd.Function):
         own_weight, own_bias = (None if each is None else each.detach().requires_grad_() for each in (weight, bias))
         for begin in range(0, hidden.shape[0], ROWS_AT_A_TIME):
             rows = slice(begin, min(begin + ROWS_AT_A_TIME, hidden.shape[0]))
-            with torch.enable_grad():
+            with torch.set_grad_enabled(any(needs)):
                 inputs = [hidden[rows].detach().requires_grad_(), own_weight, own_bias]
                 loss = loss_of(logits_of(inputs[0], inputs[1], inputs[2], cap), rows)  # type: ignore[arg-type]
             total += loss.detach()

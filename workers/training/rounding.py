@@ -38,7 +38,8 @@ class Rounded(nn.Module):
         super().__init__()
         self.grid = grid
         self._is_transposed = is_transposed
-        scale, zero_point = scales or choose_scales(self.turned(weight.detach()), grid, clip_search=True)
+        found = scales or choose_scales(self.turned(weight.detach()), grid, clip_search=True)
+        scale, zero_point = (each.to(weight.device) for each in found)
         # A scale may be negative, where the one code more is needed on the other side.
         self.register_buffer("sign", scale.sign(), persistent=False)
         self.register_buffer("zero_point", zero_point.float(), persistent=False)
@@ -116,10 +117,12 @@ def _scales_of(codes: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]
 @torch.no_grad()
 def _move_near(weight: Tensor, rounded: Rounded, codes: Mapping[str, Tensor], layer: str) -> None:
     """Move weights as little as it takes for them to be rounded to these codes."""
-    rows, groups = codes[f"{layer}.scale"].shape
-    scale = codes[f"{layer}.scale"].unsqueeze(-1)
-    values = codes[f"{layer}.codes"].float().view(rows, groups, -1)
-    values = (values - codes[f"{layer}.zero_point"].float().unsqueeze(-1)) * scale
+    whole, scale, zero_point = (
+        codes[f"{layer}.{part}"].to(weight.device, torch.float32) for part in ("codes", "scale", "zero_point")
+    )
+    rows, groups = scale.shape
+    scale = scale.unsqueeze(-1)
+    values = (whole.view(rows, groups, -1) - zero_point.unsqueeze(-1)) * scale
     room = _ROOM * scale.abs()
     moved = rounded.turned(weight).reshape(values.shape).clamp(values - room, values + room)
     weight.copy_(rounded.turned(moved.view(rows, -1)))

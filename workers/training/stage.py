@@ -87,14 +87,13 @@ class TrainingStage:
         stage = self.stage
         check_accelerators(stage.num_processes, f"recipe.stages[{self.index}].num_processes")
         lesson = self._lesson()
-        # What models this process had to open for the lesson is gone before any is opened to learn; they hold cycles.
-        gc.collect()
-        release_memory()
+        _forget_models()  # that this process had to open for the lesson, before any is opened to learn
         listener = Listener(self._told, self.measured)
         if stage.num_processes == 1:
             learned = learn(lesson, Ranks(), listener)
         else:
             learned = learn_in_processes(lesson, stage.num_processes, listener)
+        _forget_models()
         self.journal.decided_under.extend(learned.fingerprints)
         samples = Samples(samples_folder(lesson.folder))
         return _metrics(learned.curve, lesson, learned.num_steps, samples)
@@ -210,6 +209,12 @@ def _augmented(
 ) -> Augmented:
     """What chance does to the tokens of a step."""
     return Augmented(options, mask_token, special_tokens, seed_of(seed, "augmentation", step))
+
+
+def _forget_models() -> None:
+    """Give back the memory of models that nobody needs any more: they hold cycles, which no count ever frees."""
+    gc.collect()
+    release_memory()
 
 
 def _padding(tokenizer: Any) -> int:

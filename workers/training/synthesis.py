@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from workers.training.model import Whole
 from workers.training.samples import write_index
 from workers.training.seeds import seed_of
 
+_BYTES_A_TOKEN = 4
 # Texts that are written at a time: the cache of keys and values grows with them.
 _TEXTS_AT_A_TIME = 32
 
@@ -37,20 +39,22 @@ def write_synthetic(
     Each begins as the tokenizer begins a text, or with a token drawn among all. What an earlier attempt wrote is kept.
     """
     entry, path = folder / "written.json", folder / "tokens.bin"
-    done = _num_written(entry, path)
+    done, digest = _written(entry, path, max_seq_length * _BYTES_A_TOKEN)
     with path.open("r+b" if done else "wb") as file:
-        file.truncate(done * max_seq_length * np.dtype(np.int32).itemsize)
-        file.seek(0, 2)
+        file.truncate(done * max_seq_length * _BYTES_A_TOKEN)
+        file.seek(0, os.SEEK_END)
         while done < options.num_samples:
             count = min(_TEXTS_AT_A_TIME, options.num_samples - done)
             torch.manual_seed(seed_of(seed, done))
             ids = _write(teacher, tokenizer, options, count, max_seq_length)
-            file.write(ids.numpy().astype(np.int32).tobytes())
+            tokens = ids.numpy().astype(np.int32).tobytes()
+            file.write(tokens)
             file.flush()
+            digest.update(tokens)
             flush(path)
             done += count
             temporary = entry.with_name(".written.tmp")
-            write_json(temporary, {"num_samples": done, "xxh3": _digest(path)})
+            write_json(temporary, {"num_samples": done, "xxh3": digest.hexdigest()})
             temporary.rename(entry)
             progress(done / options.num_samples)
     # All are drawn alike: the last ones are as good as any.
@@ -60,17 +64,21 @@ def write_synthetic(
     write_index(folder, [max_seq_length] * options.num_samples, [], is_held_out)
 
 
-def _num_written(entry: Path, tokens: Path) -> int:
-    """How many samples an earlier attempt has left whole."""
+def _written(entry: Path, tokens: Path, bytes_a_sample: int) -> tuple[int, xxhash.xxh3_128]:
+    """How many samples an earlier attempt has left whole, and the digest of their tokens so far."""
+    digest = xxhash.xxh3_128()
     try:
         told = json.loads(entry.read_bytes())
-        return int(told["num_samples"]) if told["xxh3"] == _digest(tokens) else 0
-    except (OSError, ValueError, KeyError):
-        return 0
-
-
-def _digest(path: Path) -> str:
-    return str(xxhash.xxh3_128_hexdigest(path.read_bytes()))
+        left = int(told["num_samples"]) * bytes_a_sample
+        with tokens.open("rb") as file:
+            while left and (piece := file.read(min(left, 1 << 24))):
+                digest.update(piece)
+                left -= len(piece)
+        if not left and told["xxh3"] == digest.hexdigest():
+            return int(told["num_samples"]), digest
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return 0, xxhash.xxh3_128()
 
 
 def _write(teacher: Whole, tokenizer: Any, options: SyntheticText, count: int, length: int) -> torch.Tensor:

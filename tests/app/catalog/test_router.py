@@ -81,5 +81,8 @@ def test_a_preset_takes_the_text_that_it_trains_on(
     for wrong in ({"preset": "classifier-8x"}, {"preset": 7}):
         problem = client.post("/v1/jobs", json={**body, "recipe": wrong}, headers=auth).json()
         assert (problem["code"], problem["param"]) == ("unknown_preset", "recipe")
+    stages = [{"technique": "magnitude"}]
+    problem = client.post("/v1/jobs", json={**body, "recipe": {**changed, "stages": stages}}, headers=auth).json()
+    assert (problem["code"], problem["param"]) == ("preset_with_stages", "recipe")
     problem = client.post("/v1/jobs", json={**body, "recipe": {**changed, "stage": []}}, headers=auth).json()
     assert (problem["code"], problem["param"]) == ("unknown_field", "recipe.stage")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 from pathlib import Path
@@ -351,17 +352,52 @@ def test_text_that_is_evaluated_is_not_trained_on(model: Path, tmp_path: Path) -
     assert not any(text in left for text in TEXTS[:60])
 
 
-def test_a_tuned_model_opens_with_plain_transformers_and_gives_its_held_out_loss(model: Path, tmp_path: Path) -> None:
-    attempt = compressed(tmp_path / "work", model, recipe_of({**TUNE, "learning_rate": 3e-3, "num_steps": 20}))
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "opt", "gemma3_text", "phi3", "gpt_neox"])
+def test_the_artifact_has_the_weights_that_were_in_memory(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Compared with those in memory by plain transformers: a name or a tie that goes astray on the way is seen.
+    sizes: dict[str, dict[str, Any]] = {
+        "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
+        "gpt2": {},
+        "gemma3_text": {"num_key_value_heads": 2, "intermediate_size": 128, "head_dim": 16},
+    }
+    write_tiny_model(tmp_path / "model", model_type, scale=4.0, **sizes.get(model_type, {"intermediate_size": 128}))
+    given: dict[str, torch.Tensor] = {}
+    own_run, ids = loop.Loop.run, torch.arange(3, 300).view(3, 99)
+
+    def run(self: Any) -> Any:
+        found = own_run(self)
+        self._student.model.eval()
+        with torch.no_grad():
+            given["logits"] = self._student.model(input_ids=ids).logits
+        return found
+
+    monkeypatch.setattr(loop.Loop, "run", run)
+    attempt = compressed(tmp_path / "work", tmp_path / "model", recipe_of({**DISTIL, "learning_rate": 3e-3}))
     opened: Any = AutoModelForCausalLM.from_pretrained(attempt.artifact, dtype=torch.float32)
     opened.eval()
-    samples_text = "\n\n".join(TEXTS[:150])
-    tokenizer = AutoTokenizer.from_pretrained(attempt.artifact)
-    ids = torch.tensor(tokenizer(samples_text)["input_ids"])[: 32 * 20].view(-1, 32)
+    before: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
+    before.eval()
     with torch.no_grad():
-        loss = float(opened(input_ids=ids, labels=ids).loss)
-    [stage] = json.loads((attempt.work / "compressed.json").read_text())["stages"]
-    assert loss == pytest.approx(stage["metrics"]["held_out_loss"], rel=0.15)
+        error, moved = ((each(input_ids=ids).logits - given["logits"]).norm() for each in (opened, before))
+    # Weights are stored in bfloat16: what that rounds is far from what training has moved.
+    assert float(error) < 0.2 * float(moved)
+
+
+def test_no_model_outlives_its_training(model: Path, tmp_path: Path) -> None:
+    known = {id(each) for each in gc.get_objects() if isinstance(each, torch.nn.Parameter)}
+    attempt = fetched(tmp_path / "work", model, recipe_of(DISTIL, {"technique": "gptq", "group_size": 32}))
+    held: list[tuple[int, ...]] = []
+
+    def heard(event: dict[str, Any]) -> None:
+        if event["event"] == "progress" and str(event["step"]).startswith("model.layers.1"):
+            every = [each for each in gc.get_objects() if isinstance(each, torch.nn.Parameter)]
+            held.extend(tuple(each.shape) for each in every if id(each) not in known and not each.is_meta)
+
+    compress(attempt.work, attempt.request, heard)
+    assert held  # of the block that is compressed
+    assert (384, 64) not in held  # the embedding, of a student, a teacher or what they were made from
 
 
 def test_a_student_of_fewer_tokens_learns_from_the_teacher_without_the_others(tmp_path: Path) -> None:
