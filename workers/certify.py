@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,26 +17,16 @@ from workers.errors import CrashError, UserError, is_out_of_memory
 from workers.evaluation.context import Reading, context_part
 from workers.evaluation.held_out import HeldOut
 from workers.evaluation.locality import prove_windows
-from workers.evaluation.size import Packed, layers_off_grid, measure_sparsity, packed_bytes, weights_bytes
 from workers.evaluation.speed import check_reads, check_runs, measure_reading, measure_speed
 from workers.evaluation.ways import choose_ways, open_artifact, open_original, remove_expanded
 from workers.fingerprint import environment_of
-from workers.formats import load_sparse
-from workers.formats.opening import Opened, Readable, matrix_shape
+from workers.formats.opening import Opened, Readable
 from workers.formats.snippets import load_snippet
 from workers.model_card import model_card
+from workers.proofs import check_size, prove_shape, prove_stages, prove_vocabulary
 from workers.recipe import Recipe
 from workers.report import check_constraints, outcome_of, quality_part, report_of, speed_part
 from workers.sources.unchanged import check_unchanged
-from workers.techniques import (
-    Iterate,
-    MixedPrecision,
-    PruningOptions,
-    QuantizationOptions,
-    SlidingWindow,
-    TieEmbeddings,
-    TrainingOptions,
-)
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -93,14 +82,14 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     _check_logits(artifact, work / "probe.safetensors")
     if task == "causal":
         _check_generation_settings(artifact, work / "artifact", recipe.evaluation.prompt, emit)
-    size = _check_size(work / "artifact", source, recipe)
+    size = check_size(work / "artifact", source, recipe)
     size["artifact_parameters"] = compressed["num_parameters"] if recipe.early_stages else size["original_parameters"]
-    _prove_shape(artifact, compressed["num_blocks"], compressed["matrix_shapes"])
-    _prove_vocabulary(artifact, recipe, compressed["vocab_size"])
+    prove_shape(artifact, compressed["num_blocks"], compressed["matrix_shapes"])
+    prove_vocabulary(artifact, recipe, compressed["vocab_size"])
     if recipe.window is not None:
         prove_windows(original, artifact, compressed["windows"], recipe.window)
     _warn_of_size(size, emit)
-    stages = _prove_stages(artifact, recipe, compressed["stages"])
+    stages = prove_stages(artifact, recipe, compressed["stages"])
     share = 0.75 if recipe.window is None else 0.35
     quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + share * done)))
     _warn_of_retokenized(quality, emit)
@@ -196,54 +185,6 @@ def _check_generation_settings(artifact: Readable, folder: Path, prompt: str, em
         emit({"event": "warning", "code": "generation_config_dropped", "message": message[:500], "param": "model.id"})
 
 
-def _check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
-    """Bytes before and after. A result has to be smaller, unless its weights prove what was done to them."""
-    artifact_bytes, original_bytes = weights_bytes(folder), int(source["parameter_bytes"])
-    has_few_values = recipe.quantization is not None and not recipe.stores_codes and recipe.cast is None
-    # What contains a stage is what it contains.
-    contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in recipe.stages]
-    is_pruned = any(isinstance(stage, PruningOptions) for stage in contained)
-    # Training alone makes a model better, a window its cache smaller: neither has fewer weights.
-    keeps_weights = all(isinstance(stage, TrainingOptions | SlidingWindow) for stage in recipe.stages)
-    is_proven = has_few_values or is_pruned or keeps_weights
-    if artifact_bytes >= original_bytes and recipe.stores_bitmasks:
-        raise UserError(
-            "not_smaller",
-            f"As bitmasks and values the result has {artifact_bytes:,} bytes and the original's parameters have "
-            f"{original_bytes:,}.",
-            param="recipe.output.format",
-            hint="Ask for more sparsity; or set recipe.output.format to safetensors, which stores the zeros too.",
-        )
-    stage = recipe.quantization
-    limit = stage.max_size_bytes if isinstance(stage, MixedPrecision) else None
-    if limit is not None and artifact_bytes > limit:
-        raise CrashError("size_exceeded", f"The result has {artifact_bytes:,} bytes; {limit:,} were allowed.")
-    if artifact_bytes >= original_bytes and not is_proven:
-        raise UserError(
-            "not_smaller",
-            f"The result has {artifact_bytes:,} bytes and the original's parameters have {original_bytes:,}: "
-            "nothing was gained.",
-            param="recipe.stages",
-            hint="Leave out more, or add a stage that quantizes: what it starts from may already be quantized."
-            if recipe.early_stages
-            else "Choose fewer bits or larger groups; this model may already be quantized.",
-        )
-    return {
-        "original_bytes": original_bytes,
-        "artifact_bytes": artifact_bytes,
-        "dense_bytes": _dense_bytes(folder) if recipe.stores_bitmasks else None,
-        "compression_ratio": original_bytes / artifact_bytes,
-        "original_parameters": source["num_parameters"],
-        "original_file_bytes": source["source_file_bytes"],
-        "original_format": source["source_format"],
-    }
-
-
-def _dense_bytes(folder: Path) -> int:
-    """Bytes of the tensors that a sparse-bitmask artifact stands for."""
-    return sum(tensor.num_bytes for tensor in load_sparse.read_tensors(folder))
-
-
 def _warn_of_size(size: dict[str, Any], emit: Emit) -> None:
     """Say aloud what the ratio alone would hide."""
     artifact, original = f"{size['artifact_bytes']:,}", f"{size['original_bytes']:,}"
@@ -269,75 +210,6 @@ def _warn_of_retokenized(quality: dict[str, Any], emit: Emit) -> None:
         )
         param = "recipe.evaluation.dataset"
         emit({"event": "warning", "code": "much_retokenized", "message": message, "param": param})
-
-
-def _prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The stages' reports, with what the weights of the reopened artifact prove of each."""
-    for stage, report in zip(recipe.stages, stages, strict=True):
-        if isinstance(stage, Iterate) and isinstance(stage.pruning, PruningOptions):
-            report["metrics"] |= _prove_zeros(model, stage.pruning, report["layers"])
-        elif isinstance(stage, PruningOptions):
-            report["metrics"] |= _prove_zeros(model, stage, report["layers"])
-        elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
-            report["metrics"] |= _prove_grid(model, stage, report["layers"])
-    return stages
-
-
-def _prove_shape(model: Readable, num_blocks: int, matrix_shapes: dict[str, list[int]]) -> None:
-    """The reopened artifact has as many blocks as the stages have left, and layers and an embedding of their sizes."""
-    with model.running() as running:
-        found = len(running.get_submodule(model.architecture.blocks))
-        if found != num_blocks:
-            raise CrashError(
-                "shape_not_reached", f"The artifact has {found} blocks where {num_blocks} were to be left."
-            )
-        for name, shape in matrix_shapes.items():
-            rows_and_columns = matrix_shape(running.get_submodule(name))
-            if rows_and_columns != shape:
-                raise CrashError(
-                    "shape_not_reached", f"The artifact's {name} is of {rows_and_columns} where {shape} was to be left."
-                )
-
-
-def _prove_vocabulary(model: Readable, recipe: Recipe, vocab_size: int) -> None:
-    """The reopened artifact has as many tokens as the stages have left, and one matrix if that was asked for."""
-    with model.running() as running:
-        found = running.get_submodule(model.architecture.embedding).num_embeddings
-        tied = dict(running.all_tied_weights_keys)
-    if found != vocab_size:
-        raise CrashError("shape_not_reached", f"The artifact has {found} tokens where {vocab_size} were to be left.")
-    is_asked = any(isinstance(stage, TieEmbeddings) for stage in recipe.stages)
-    if is_asked and tied.get(f"{model.architecture.head}.weight") != f"{model.architecture.embedding}.weight":
-        raise CrashError("shape_not_reached", "The artifact's head is not its embedding.")
-
-
-def _prove_zeros(model: Readable, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Each layer has the zeros that it was to get, and all together what the recipe asks for."""
-    assert stage.sparsity is not None
-    found = measure_sparsity(model, {name: layer["sparsity"] for name, layer in layers.items()}, stage.pattern)
-    if found.layers_below:
-        raise CrashError(
-            "zeros_missing",
-            f"{len(found.layers_below)} layers have fewer zeros than asked for, the first {found.layers_below[0]}.",
-        )
-    # Where all layers have one sparsity, each is rounded by itself.
-    if stage.pattern is None and found.num_zeros < math.floor(stage.sparsity * found.num_weights) - len(layers):
-        raise CrashError("zeros_missing", f"Of all weights {found.fraction:.4f} are zero, not {stage.sparsity}.")
-    return {"sparsity": found.fraction, "num_zeros": found.num_zeros}
-
-
-def _prove_grid(model: Readable, stage: QuantizationOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Values that no codes are stored for have to be as few as codes would be."""
-    packed = {
-        name: Packed(layer["num_bits"], layer["group_size"], stage.scale_bits(layer["num_bits"]))
-        for name, layer in layers.items()
-    }
-    off_grid = layers_off_grid(model, packed)
-    if off_grid:
-        raise CrashError(
-            "not_on_grid", f"{len(off_grid)} layers hold more values than their codes have, the first {off_grid[0]}."
-        )
-    return {"theoretical_packed_bytes": packed_bytes(model, packed)}
 
 
 def _held_out(work: Path, recipe: Recipe, original: Readable, emit: Emit) -> HeldOut:

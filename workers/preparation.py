@@ -21,7 +21,8 @@ from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
 from workers.export import copy_companions, plain_config
 from workers.formats.parts import Parts
-from workers.recipe import Output, Recipe
+from workers.recipe import Recipe
+from workers.recipe_parts import Output
 from workers.stage_report import stage_report
 from workers.techniques import (
     GPTQ,

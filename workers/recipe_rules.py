@@ -22,7 +22,7 @@ from workers.techniques import (
 from workers.techniques.schemes import PACKED_BITS, SchemeFacts
 
 if TYPE_CHECKING:
-    from workers.recipe import Output, Training
+    from workers.recipe_parts import Output, Training
 
 Packing = Literal["pack-quantized", "int-quantized", "float-quantized"]
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from workers.recipe import BUILTIN_DATASET, Recipe
+from workers.recipe import Recipe
+from workers.recipe_parts import BUILTIN_DATASET
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
 from workers.errors import JobError, UserError
-from workers.recipe import BUILTIN_DATASET, Calibration, Evaluation, Recipe
+from workers.recipe import Recipe
+from workers.recipe_parts import BUILTIN_DATASET, Calibration, Evaluation
 from workers.shapes import facts_after
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.classifier_head import class_names, makes_classifier

@@ -9,7 +9,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pydantic_core import PydanticCustomError
 
 from app.catalog.presets import PRESETS
-from workers.recipe import Calibration, Evaluation, Output, Recipe, Training, at_most
+from workers.recipe import Recipe
+from workers.recipe_parts import Calibration, Evaluation, Output, Training, at_most
 
 _MAX_PARAM_CHARACTERS = 1000
 _MAX_FIELDS = 1000  # of one object; no object of a submission has nearly as many

@@ -25,7 +25,7 @@ from workers.evaluation.retokenized import (
     sequence_of,
 )
 from workers.formats.opening import Readable
-from workers.recipe import Evaluation
+from workers.recipe_parts import Evaluation
 
 _PARAM = "recipe.evaluation.dataset"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from workers.formats import bitsandbytes, compressed_tensors
-from workers.recipe import Output
+from workers.recipe_parts import Output
 from workers.solvers.quantization import Grid, QuantizedWeight
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from workers.architectures import AUTO_CLASSES, Task
-from workers.recipe import Format
+from workers.recipe_parts import Format
 
 _PACKAGES: Mapping[Format, str] = {
     "safetensors": "torch transformers",

@@ -16,7 +16,8 @@ from typing import Any
 from workers.architectures import ARCHITECTURES, Architecture, row_of
 from workers.disk import write_json
 from workers.errors import UserError
-from workers.recipe import Recipe, Training
+from workers.recipe import Recipe
+from workers.recipe_parts import Training
 from workers.sources.checkpoint import CONFIG, SINGLE_WEIGHTS, WEIGHTS_INDEX, Checkpoint
 from workers.sources.datasets import load_documents, located
 from workers.sources.labels import Labels, has_labels

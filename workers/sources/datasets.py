@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from workers.errors import JobError, UserError
-from workers.recipe import BUILTIN_DATASET, Dataset, InlineDataset
+from workers.recipe_parts import BUILTIN_DATASET, Dataset, InlineDataset
 from workers.sources.dataset_files import Row, read_rows, refusal
 from workers.sources.identifiers import parse_hub_name
 from workers.sources.labels import Labels

@@ -8,7 +8,7 @@ from typing import Any
 
 from workers.architectures import num_classes, row_of
 from workers.errors import UserError
-from workers.recipe import Evaluation, InlineDataset, Training
+from workers.recipe_parts import Evaluation, InlineDataset, Training
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,8 @@ from types import TracebackType
 from typing import Any, Protocol, Self
 
 from workers.errors import JobError, UserError
-from workers.recipe import BUILTIN_DATASET, Calibration, Dataset, Evaluation, InlineDataset, Recipe, Training
+from workers.recipe import Recipe
+from workers.recipe_parts import BUILTIN_DATASET, Calibration, Dataset, Evaluation, InlineDataset, Training
 from workers.sources.datasets import (
     Document,
     builtin_sha256,

@@ -5,7 +5,8 @@ from starlette.testclient import TestClient
 
 from app.settings import Settings
 from tests.models import write_tiny_model
-from workers.recipe import BUILTIN_DATASET, Recipe, Training
+from workers.recipe import Recipe
+from workers.recipe_parts import BUILTIN_DATASET, Training
 from workers.techniques import TECHNIQUES
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from workers.errors import JobError, UserError
-from workers.recipe import BUILTIN_DATASET, Dataset, InlineDataset
+from workers.recipe_parts import BUILTIN_DATASET, Dataset, InlineDataset
 from workers.sources.datasets import builtin_sha256, check_dataset, load_documents, parse_hub_dataset
 
 PARAM = "recipe.calibration.dataset"
