@@ -21,6 +21,9 @@ from workers.techniques import (
     TrainingOptions,
 )
 
+# Headers of files differ by some hundred bytes, which in a model of a few layers is a hundredth.
+NEARLY_THE_SAME = 1.05
+
 
 def check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str, Any]:
     """Bytes before and after. A result has to be smaller, unless its weights prove what was done to them."""
@@ -29,9 +32,11 @@ def check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str
     # What contains a stage is what it contains.
     contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in recipe.stages]
     is_pruned = any(isinstance(stage, PruningOptions) for stage in contained)
-    # Training alone makes a model better, a window its cache smaller: neither has fewer weights.
+    # Training alone makes a model better, a window its cache smaller: neither has fewer weights. A window is proven by
+    # itself; what is only trained has not more bytes either, as it would where the original's were codes.
     keeps_weights = all(isinstance(stage, TrainingOptions | SlidingWindow) for stage in recipe.stages)
-    is_proven = has_few_values or is_pruned or keeps_weights
+    is_as_large = artifact_bytes <= NEARLY_THE_SAME * original_bytes
+    is_proven = has_few_values or is_pruned or (keeps_weights and (is_as_large or recipe.window is not None))
     if artifact_bytes >= original_bytes and recipe.stores_bitmasks:
         raise UserError(
             "not_smaller",

@@ -405,6 +405,20 @@ def test_no_model_outlives_its_training(model: Path, tmp_path: Path) -> None:
     assert (384, 64) not in held  # the embedding, of a student, a teacher or what they were made from
 
 
+def test_codes_that_become_values_are_no_result_unless_something_quantizes_them_again(
+    model: Path, tmp_path: Path
+) -> None:
+    rounding = {"technique": "round_to_nearest", "group_size": 32}
+    codes = compressed(tmp_path / "codes", model, {"stages": [rounding]}).artifact
+    with pytest.raises(UserError) as raised:
+        certified(tmp_path / "values", codes, recipe_of(TUNE))
+    assert (raised.value.code, raised.value.param) == ("not_smaller", "recipe.stages")
+    with pytest.raises(UserError) as raised:
+        certified(tmp_path / "again", codes, recipe_of(TUNE, rounding))
+    assert raised.value.code == "not_smaller"  # as many bytes as before
+    certified(tmp_path / "fewer", codes, recipe_of(CUT, TUNE, rounding))
+
+
 def test_a_student_of_fewer_tokens_learns_from_the_teacher_without_the_others(tmp_path: Path) -> None:
     write_body(tmp_path / "body", "bert")
     stages = [
@@ -465,7 +479,8 @@ def test_damaged_work_is_done_again(
 def test_any_seed_will_do(seed: int, model: Path, tmp_path: Path) -> None:
     augmented = {**TUNE, "augmentation": {"mask_probability": 0.0, "delete_probability": 0.1}, "num_steps": 2}
     written = {**DISTIL, "synthetic": {"num_samples": 16}, "alpha": 0.0, "num_steps": 2}
-    compressed(tmp_path / "work", model, recipe_of(augmented, written, seed=seed))
+    attempt = compressed(tmp_path / "work", model, recipe_of(augmented, written, seed=seed))
+    assert [len(curve_of(attempt, index)) for index in (0, 1)] == [3, 3]  # before, and after each of two steps
 
 
 def test_labels_may_be_any_numbers_and_one_file_has_one_field_of_them(tmp_path: Path) -> None:
@@ -497,4 +512,6 @@ def test_labels_may_be_any_numbers_and_one_file_has_one_field_of_them(tmp_path: 
 def test_an_opt_that_leaves_out_blocks_by_chance_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop, "SECONDS_A_STATE", 0.0)
     write_tiny_model(tmp_path / "model", "opt", ffn_dim=128, word_embed_proj_dim=64, layerdrop=0.9)
-    compressed(tmp_path / "work", tmp_path / "model", recipe_of({**DISTIL, "hidden_weight": 1.0}))
+    attempt = compressed(tmp_path / "work", tmp_path / "model", recipe_of({**DISTIL, "hidden_weight": 1.0}))
+    before, after = (load_file(each / "model.safetensors") for each in (tmp_path / "model", attempt.artifact))
+    assert all(not torch.equal(before[name], after[name]) for name in before if name.endswith("fc1.weight"))
