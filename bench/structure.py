@@ -1,18 +1,23 @@
-"""What a smaller shape costs in perplexity: SmolLM2-135M on WikiText-2, with fewer or narrower blocks.
+"""What a smaller shape costs in perplexity, and what training gives back: SmolLM2-135M on WikiText-2.
 
-    .venv/bin/python -m bench.structure [--only influence-3 perplexity-3] [--num-samples 64]
+    .venv/bin/python -m bench.structure [--only influence-3 width-distilled] [--num-samples 64] [--steps 100]
 
 As bench.quality does it: the same calibration samples, the same tokens of the test text, in float32 by plain
-transformers, and what was measured is kept in .bench/quality.
+transformers, and what was measured is kept in .bench/quality, for every number of steps apart. Stages that train read
+WikiText-2's validation text. The claims below the table are paired by token; a difference counts from 2 standard
+errors on.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 from functools import partial
+from pathlib import Path
 from typing import Any
 
-from bench.materials import smollm2
+from bench.jobs import report_of, run_job
+from bench.materials import FOLDER, smollm2, wikitext
 from bench.quality import Losses, print_claims, shown
 
 COUNTS = (3, 6)
@@ -33,21 +38,95 @@ CLAIMS = [
     *((f"{part}-activations", f"{part}-magnitude") for part in PARTS),
 ]
 
+# To 70 % of the parameters of the blocks: 9 of 30 blocks left out, or 928 of 1536 neurons left.
+CUTS = {"depth": {**DEPTH, "num_blocks": 9}, "width": {**WIDTH, "intermediate_size": 928}}
+ROUNDS = 4
+TRAINED_CLAIMS = [
+    *((f"{cut}-distilled", f"{cut}-{other}") for cut in CUTS for other in ("cut", "alone", "random")),
+    ("width-distilled", "depth-distilled"),
+    ("width-synthetic", "width-cut"),
+    ("rounds", "at-once"),
+    *((f"trained-{bits}", f"gptq-{bits}") for bits in (2, 3)),
+    ("trained-4", "nearest-4"),
+]
+
+
+def trained_settings(num_steps: int) -> dict[str, list[dict[str, Any]]]:
+    """By name, the stages of settings around so many steps of training."""
+    shape = {"num_steps": num_steps, "batch_size": 4, "max_seq_length": 256, "learning_rate": 3e-4}
+    distil = {"technique": "logit_distillation", "alpha": 0.1, **shape}
+    codes = {"group_size": 64}
+    settings: dict[str, list[dict[str, Any]]] = {}
+    for name, cut in CUTS.items():
+        settings |= {
+            f"{name}-cut": [cut],
+            f"{name}-distilled": [cut, distil],
+            f"{name}-alone": [cut, {"technique": "fine_tuning", **shape}],
+            f"{name}-random": [cut, {**distil, "initialization": "random"}],
+        }
+    synthetic = {"num_samples": 4 * num_steps}
+    settings["width-synthetic"] = [CUTS["width"], {**distil, "alpha": 0.0, "synthetic": synthetic}]
+    prune = {"technique": "wanda", "sparsity": 0.6}
+    settings["at-once"] = [prune, distil]
+    inner = {**distil, "num_steps": num_steps // ROUNDS}
+    settings["rounds"] = [{"technique": "iterate", "rounds": ROUNDS, "stages": [prune, inner]}]
+    for bits in (2, 3, 4):
+        scheme = {"scheme": f"W{bits}A16", **codes}
+        trained = {**distil, "technique": "quantization_aware_finetuning", "learning_rate": 5e-5}
+        settings[f"trained-{bits}"] = [{**trained, **scheme}]
+        settings[f"gptq-{bits}"] = [{"technique": "gptq", **scheme}]
+    settings["nearest-4"] = [{"technique": "round_to_nearest", "scheme": "W4A16", **codes}]
+    return settings
+
 
 def main() -> None:
     """Measure what is not known yet and print the table."""
+    known = [*SETTINGS, *trained_settings(ROUNDS)]
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("--only", nargs="*", choices=SETTINGS, metavar="SETTING", default=list(SETTINGS))
+    arguments.add_argument("--only", nargs="*", choices=known, metavar="SETTING", default=known)
     arguments.add_argument("--num-samples", type=int, default=64)
+    arguments.add_argument("--steps", type=int, default=100)
     options = arguments.parse_args()
     losses = Losses(options.num_samples)
     losses.of("original", lambda _: smollm2())
+    trained = trained_settings(options.steps)
+    names = {name: f"{name}@{options.steps}" for name in trained}
     for name in options.only:
-        losses.of(name, partial(losses.compress, SETTINGS[name]))
-    for name in ("original", *SETTINGS):
+        if name in SETTINGS:
+            losses.of(name, partial(losses.compress, SETTINGS[name]))
+        else:
+            losses.of(names[name], partial(_trained, names[name], trained[name], options.num_samples))
+    for name in ("original", *SETTINGS, *names.values()):
         if name in losses.known:
-            print(f"| {name} | {shown(losses.known[name])} |")
+            print(f"| {name} | {shown(losses.known[name])} | {_speed(name)} |")
     print_claims(CLAIMS, losses.known)
+    print_claims([(names[better], names[worse]) for better, worse in TRAINED_CLAIMS], losses.known)
+
+
+def _trained(name: str, stages: list[dict[str, Any]], num_samples: int, _work: Path) -> Path:
+    """The artifact of a job with a training text."""
+    folder = FOLDER / "data" / "wikitext"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "wikitext-valid.txt").write_text(wikitext("valid"), encoding="utf-8")
+    text = {"dataset": "file:wikitext-valid.txt"}
+    recipe = {
+        "stages": stages,
+        "training": text,
+        "calibration": {**text, "num_samples": num_samples, "max_seq_length": 512},
+        "evaluation": {"num_tokens": 4_096},
+    }
+    artifact = run_job(f"smollm2-{name}", smollm2(), recipe, folder)
+    shutil.rmtree(artifact.parent / "source", ignore_errors=True)
+    return artifact
+
+
+def _speed(name: str) -> str:
+    """How much faster than the original the artifact read, as its report has it; nothing where no job made one."""
+    artifact = FOLDER / "jobs" / f"smollm2-{name}" / "artifact"
+    if not (artifact / "report.json").exists():
+        return ""
+    speed = report_of(artifact)["speed"]
+    return f"{speed['artifact']['tokens_per_second'] / speed['original']['tokens_per_second']:.2f} ×"
 
 
 if __name__ == "__main__":
