@@ -72,6 +72,7 @@ class Preparation:
         self._measured = measured
         self._finished = finished
         self._round = ""  # of a stage that contains stages: which of them is run
+        self._span = (0.0, 1.0)  # of the fall of the learning rate: the part that a stage has, of a round
         self.keeps_zeros = False  # whether weights that are zero were pruned, and have to stay so
 
     def run(self, skeleton: Skeleton) -> Skeleton:
@@ -158,6 +159,7 @@ class Preparation:
             partial(self._measured, index),
             keeps_zeros=self.keeps_zeros,
             first_codes=first_codes,
+            span=self._span,
         )
         metrics = training.run()
         return opened_again(journal.folder / CHECKPOINT, skeleton), metrics
@@ -236,6 +238,7 @@ class Preparation:
                 own_progress(index, step, block, num_blocks, (done + fraction) / len(parts))
 
             self._progress, self._round = progress, f"/{name}"
+            self._span = (number / len(stage.fractions), (number + 1) / len(stage.fractions))
             reports: list[Report] = []
             if done >= first:
                 skeleton, reports = self._change(skeleton, teacher, inner, index, journal.inner(name))
@@ -248,7 +251,7 @@ class Preparation:
             rounds[-1] += reports
             if reports[-1]["layers"]:
                 last = reports[-1]
-        self._round = ""
+        self._round, self._span = "", (0.0, 1.0)
         self._progress = own_progress
         told = [
             {"fraction": fraction, "stages": [{"technique": each["technique"], **each["metrics"]} for each in reports]}

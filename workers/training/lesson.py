@@ -64,6 +64,7 @@ class Lesson:
     padding: int
     augmented: Callable[[int], Augmented] | None
     first_codes: Path | None  # a folder of parts: what layers that are trained as codes begin with
+    span: tuple[float, float]  # of the fall of the learning rate: where this training begins and ends
     keeps_zeros: bool  # whether weights of linear layers that are zero have to stay so
     fingerprint: Mapping[str, Any]
     seconds_a_state: float  # between two states that are kept

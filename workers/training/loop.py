@@ -175,14 +175,14 @@ class Loop:
 
     def _rate(self, step: int) -> float:
         """The learning rate of a step, from 0, as a part of the highest."""
-        stage = self._stage
+        stage, (begin, end) = self._stage, self._lesson.span
         warmup = math.ceil(stage.warmup_fraction * self.num_steps)
-        if step < warmup:
-            return (step + 1) / warmup
-        done = (step - warmup) / max(1, self.num_steps - warmup)
+        done = begin + (end - begin) * max(0, step - warmup) / max(1, self.num_steps - warmup)
         if stage.schedule == "cosine":
-            return _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
-        return 1 - done if stage.schedule == "linear" else 1.0
+            rate = _FINAL_RATE + (1 - _FINAL_RATE) * (1 + math.cos(math.pi * done)) / 2
+        else:
+            rate = 1 - done if stage.schedule == "linear" else 1.0
+        return rate * min(1.0, (step + 1) / warmup) if warmup else rate
 
     @torch.no_grad()
     def _measure(self, curve: Curve, loss: float | None) -> None:

@@ -64,6 +64,7 @@ class TrainingStage:
     measured: Callable[[dict[str, Any]], None]  # hears of each point of the loss curve
     keeps_zeros: bool = False  # whether weights of linear layers that are zero have to stay so
     first_codes: Path | None = None  # a folder of parts: what layers that are trained as codes begin with
+    span: tuple[float, float] = (0.0, 1.0)  # of the fall of the learning rate, which rounds share
 
     def run(self) -> dict[str, Any]:
         """Train, leave the checkpoint in the journal's folder, and return what the report says of it.
@@ -126,6 +127,7 @@ class TrainingStage:
             padding=padding,
             augmented=self._augmented(tokenizer),
             first_codes=self.first_codes,
+            span=self.span,
             keeps_zeros=self.keeps_zeros,
             fingerprint=self.journal.fingerprint,
             seconds_a_state=loop.SECONDS_A_STATE,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from workers.pipeline import compress
 from workers.recipe import Recipe
 from workers.recipe_rules import RecipeError
 from workers.techniques import Iterate
+from workers.training.loop import Loop
 
 TRAINING = {"dataset": {"texts": TEXTS[:150]}}
 TUNE = {
@@ -68,6 +70,24 @@ def test_the_target_is_reached_in_rounds_that_train_what_is_left(technique: str,
         assert (pruned["technique"], trained["technique"]) == (technique, "logit_distillation")
         assert trained["held_out_loss"] < trained["original_held_out_loss"]
     assert stage["metrics"]["sparsity"] == pytest.approx(0.6, abs=0.001)  # counted in the reopened artifact
+
+
+def test_the_learning_rate_falls_once_over_all_rounds(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own_rate, rates = Loop._rate, []  # asked for two groups of parameters in each step
+
+    def noted(self: Loop, step: int) -> float:
+        rates.append(own_rate(self, step))
+        return rates[-1]
+
+    monkeypatch.setattr(Loop, "_rate", noted)
+    compressed(tmp_path / "work", model, recipe_of(rounds(stages=[PRUNE, {**TUNE, "warmup_fraction": 0.0}])))
+    assert rates[::2] == pytest.approx([0.1 + 0.45 * (1 + math.cos(math.pi * step / 9)) for step in range(9)])
+    rates.clear()
+    compressed(tmp_path / "warm", model, recipe_of(rounds(stages=[PRUNE, {**TUNE, "warmup_fraction": 0.6}])))
+    warm = [(0.1 + 0.45 * (1 + math.cos(math.pi * done / 3))) for done in range(3)]
+    assert rates[::2] == pytest.approx([part * rate for rate in warm for part in (0.5, 1.0, 1.0)])
 
 
 def test_zeros_stay_and_all_else_moves(model: Path, tmp_path: Path) -> None:
