@@ -116,9 +116,9 @@ class Recipe(Part):
     @property
     def num_training_tokens(self) -> int | None:
         """How many tokens of the training text are read at most; None where that is decided by its length."""
-        wanted = [stage.num_tokens for stage in self.training_stages]
         if self._counts_tokens or (self.training is not None and self.training.has_labels):
             return None
+        wanted = [stage.num_tokens for stage in self.stages if isinstance(stage, TrainingOptions | Iterate)]
         return None if None in wanted else max((num for num in wanted if num is not None), default=0)
 
     @property

@@ -82,6 +82,12 @@ class Iterate(StageOptions):
         return [stage for stage in self.stages if isinstance(stage, TrainingOptions)]
 
     @property
+    def num_tokens(self) -> int | None:
+        """How many tokens of text are read at most, in each round others; None where the text says it, by its length."""
+        wanted = [stage.num_tokens for stage in self.training]
+        return None if None in wanted else len(self.fractions) * max(num for num in wanted if num is not None)
+
+    @property
     def pruning(self) -> PruningOptions | DepthPruning:
         """The contained stage that takes away, with its target."""
         return next(stage for stage in self.stages if isinstance(stage, PruningOptions | DepthPruning))

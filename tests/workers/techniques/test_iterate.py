@@ -90,6 +90,11 @@ def test_the_learning_rate_falls_once_over_all_rounds(
     assert rates[::2] == pytest.approx([part * rate for rate in warm for part in (0.5, 1.0, 1.0)])
 
 
+def test_each_round_has_text_of_its_own() -> None:
+    recipe = Recipe.model_validate(recipe_of(rounds()))
+    assert recipe.num_training_tokens == 3 * 3 * 4 * 32
+
+
 def test_zeros_stay_and_all_else_moves(model: Path, tmp_path: Path) -> None:
     pruned = compressed(tmp_path / "pruned", model, recipe_of(PRUNE))
     trained = compressed(tmp_path / "trained", model, recipe_of(PRUNE, TUNE))

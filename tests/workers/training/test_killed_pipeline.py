@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from tests.models import write_tiny_llama
 from tests.workers.attempts import TEXTS, Attempt, certified, fetched
 from workers.certify import certify
 from workers.pipeline import compress
