@@ -83,7 +83,7 @@ class Iterate(StageOptions):
 
     @property
     def num_tokens(self) -> int | None:
-        """How many tokens of text are read at most, other ones in each round; None where the length of the text says it."""
+        """How many tokens of text are read at most, others in each round; None where the length of the text says it."""
         wanted = [stage.num_tokens for stage in self.training]
         return None if None in wanted else len(self.fractions) * max(num for num in wanted if num is not None)
 
