@@ -29,7 +29,7 @@ from workers.recipe import Recipe
 from workers.shapes.attention import windows_of
 from workers.sources.unchanged import check_unchanged
 from workers.stage_report import stage_report
-from workers.techniques import LayerOptions
+from workers.techniques import ChosenLayers
 from workers.texts import Texts
 
 Emit = Callable[[dict[str, Any]], None]
@@ -149,7 +149,7 @@ def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
     """Say which patterns name no layer: a typing error there would have a layer compressed that was to be spared."""
     names = {*skeleton.linear_layers, skeleton.architecture.embedding}
     for index, stage in enumerate(recipe.stages):
-        if not isinstance(stage, LayerOptions):
+        if not isinstance(stage, ChosenLayers):
             continue
         unmatched = [pattern for pattern in stage.ignore if not fnmatch.filter(names, pattern)]
         if unmatched:

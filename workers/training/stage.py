@@ -23,7 +23,7 @@ from workers.techniques import DistillationOptions, TrainingOptions
 from workers.techniques.training_options import Augmentation
 from workers.texts import Texts
 from workers.training import loop
-from workers.training.learning import learn
+from workers.training.learning import Learned, learn
 from workers.training.lesson import SAMPLES, Lesson, Source, samples_folder
 from workers.training.loop import Listener, thinned
 from workers.training.model import CHECKPOINT, Whole
@@ -40,7 +40,6 @@ from workers.training.samples import (
 )
 from workers.training.seeds import seed_of
 from workers.training.sides import Sides
-from workers.training.step_journal import Curve
 from workers.training.synthesis import write_synthetic
 
 _EASINESS = "easiness"
@@ -66,18 +65,18 @@ class TrainingStage:
     first_codes: Path | None = None  # a folder of parts: what layers that are trained as codes begin with
 
     def run(self) -> dict[str, Any]:
-        """Train, leave the checkpoint in the journal's folder, and return what the report says of it.
+        """Train, leave the checkpoint in the journal's folder, and return the report's metrics, fallbacks and layers.
 
         Raises:
             UserError: ``too_little_text``, ``non_finite_loss`` or another that says what to change.
         """
-        metrics: dict[str, Any] = self.journal.folder_once(CHECKPOINT, lambda _: self._train())
+        told: dict[str, Any] = self.journal.folder_once(CHECKPOINT, lambda _: self._train())
         for path in self.journal.folder.iterdir():
             if path.is_dir() and path.name != CHECKPOINT:
                 shutil.rmtree(path)
         for name in (SAMPLES, _EASINESS):
             (self.journal.folder / f"{name}.json").unlink(missing_ok=True)
-        return metrics
+        return told
 
     @property
     def _seed(self) -> int:
@@ -96,7 +95,8 @@ class TrainingStage:
         _forget_models()
         self.journal.decided_under.extend(learned.fingerprints)
         samples = Samples(samples_folder(lesson.folder))
-        return _metrics(learned.curve, lesson, learned.num_steps, samples)
+        metrics = _metrics(learned, lesson, samples)
+        return {"metrics": metrics, "fallbacks": learned.fallbacks, "layers": learned.layers}
 
     def _lesson(self) -> Lesson:
         """What is to be learned, with all that is written before the first step, or found where it was written."""
@@ -228,13 +228,17 @@ def lesson_needs_labels(stage: TrainingOptions, architecture: Architecture) -> b
     return is_hard and architecture.task == "classification"
 
 
-def _metrics(curve: Curve, lesson: Lesson, num_steps: int, samples: Samples) -> dict[str, Any]:
+def _metrics(learned: Learned, lesson: Lesson, samples: Samples) -> dict[str, Any]:
+    curve = learned.curve
     first, last = curve.points[0], curve.points[-1]
     if lesson.stage.patience is not None:  # the weights that are kept are those of the lowest loss
         last = next(point for point in curve.points if point["step"] == curve.lowest_step)
+    of_layers = {"num_layers": learned.num_layers, "num_fallbacks": len(learned.fallbacks)}
     return {
+        **({} if learned.num_layers is None else of_layers),
+        "num_trained_parameters": learned.num_trained_parameters,
         "num_steps": curve.step,
-        "planned_num_steps": num_steps,
+        "planned_num_steps": learned.num_steps,
         "num_samples": len(samples),
         "num_training_samples": lesson.division.training.numel(),
         "num_tokens": curve.num_tokens,
