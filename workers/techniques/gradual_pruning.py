@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -45,5 +44,5 @@ class GradualPruning(SparsityOptions, DistillationOptions):
         for number in range(1, self.num_updates + 1):
             time = number / self.num_updates
             place = self.begin_fraction + (self.end_fraction - self.begin_fraction) * time
-            found[math.floor(num_steps * place)] = 1 - (1 - time) ** 3
+            found[min(num_steps - 1, round(num_steps * place))] = 1 - (1 - time) ** 3
         return found

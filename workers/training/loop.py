@@ -203,8 +203,8 @@ class Loop:
         }
         if not self._lesson.is_causal and num_hard:
             point["held_out_accuracy"] = num_right / num_hard
-        if self.masks.sparsity is not None:
-            point["sparsity"] = self.masks.sparsity
+        if (sparsity := self.masks.sparsity) is not None:
+            point["sparsity"] = sparsity
         curve.points.append(point)
         if not math.isfinite(held_out):
             raise UserError(

@@ -60,9 +60,9 @@ class Masks:
             kept = _turned(module, ~found)
             # Zeros are the smallest there are, and so pruned again; where there are more of them, they stay too.
             self._kept[name] = kept = kept & self._kept[name] if name in self._kept else kept
-            # Moments would move them on.
+            # Moments would move them on. Not a product: that of a negative weight is −0, which archives keep.
             for values in (weight, *(each for each in optimizer.state[weight].values() if each.dim())):
-                values.mul_(kept)
+                values.masked_fill_(~kept, 0.0)
 
     @property
     def sparsity(self) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,9 +20,9 @@ from workers.engine.skeleton import Skeleton
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.techniques import DistillationOptions, TrainingOptions
-from workers.techniques.training_options import Augmentation
 from workers.texts import Texts
 from workers.training import loop
+from workers.training.augmentation import augmentation_of
 from workers.training.learning import Learned, learn
 from workers.training.lesson import SAMPLES, Lesson, Source, samples_folder
 from workers.training.loop import Listener, thinned
@@ -31,7 +31,6 @@ from workers.training.objective import Objective, Weights
 from workers.training.processes import check_accelerators, learn_in_processes
 from workers.training.ranks import Ranks
 from workers.training.samples import (
-    Augmented,
     Samples,
     collate,
     divide,
@@ -124,7 +123,7 @@ class TrainingStage:
             division=division,
             first_epoch=self._first_epoch(samples, division.training, judge, padding),
             padding=padding,
-            augmented=self._augmented(tokenizer),
+            augmented=augmentation_of(stage, tokenizer, self._seed),
             first_codes=self.first_codes,
             keeps_zeros=self.keeps_zeros,
             fingerprint=self.journal.fingerprint,
@@ -165,20 +164,6 @@ class TrainingStage:
         self.journal.folder_once(SAMPLES, write)
         return Samples(samples_folder(self.journal.folder))
 
-    def _augmented(self, tokenizer: Any) -> Callable[[int], Augmented] | None:
-        options = self.stage.augmentation
-        if options == Augmentation():
-            return None
-        mask_token = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
-        if mask_token is None and options.mask_probability:
-            raise UserError(
-                "invalid_value",
-                "The tokenizer has no token that stands for a masked one, nor one for unknown text.",
-                param=f"recipe.stages[{self.index}].augmentation.mask_probability",
-                hint="Leave tokens out by delete_probability alone.",
-            )
-        return partial(_augmented, options, mask_token or 0, tokenizer.all_special_ids, self._seed)
-
     @torch.no_grad()
     def _first_epoch(
         self, samples: Samples, numbers: Tensor, judge: Callable[[], Whole], padding: int
@@ -202,13 +187,6 @@ class TrainingStage:
             return found
 
         return numbers[torch.argsort(torch.tensor(self.journal.once(_EASINESS, losses)), stable=True)]
-
-
-def _augmented(
-    options: Augmentation, mask_token: int, special_tokens: Sequence[int], seed: int, step: int
-) -> Augmented:
-    """What chance does to the tokens of a step."""
-    return Augmented(options, mask_token, special_tokens, seed_of(seed, "augmentation", step))
 
 
 def _forget_models() -> None:
