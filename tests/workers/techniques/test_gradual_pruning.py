@@ -113,7 +113,6 @@ def test_patterns_lie_along_input_columns_and_outlast_codes(tmp_path: Path) -> N
         assert bool(((weight[:, :whole] != 0).reshape(weight.shape[0], -1, 4).sum(dim=-1) <= 2).all())
         assert layer["num_pruned"] == weight.shape[0] * whole // 2
     assert [each["layer"] for each in grown["fallbacks"]] == [f"transformer.h.{block}.mlp.c_proj" for block in (0, 1)]
-    assert [point["sparsity"] for point in grown["metrics"]["curve"]][::4] != [0.0, 0.0, 0.0]
 
 
 def test_killed_between_updates_it_ends_with_the_same_bytes(
@@ -202,10 +201,10 @@ def test_a_mask_goes_on_as_it_was_kept_whatever_values_weights_have(model: Path)
 
     parameters, optimizer, masks = begin()
     step(parameters, optimizer, masks)  # all weights have moments
-    masks.grow(5, optimizer)
+    masks.grow(6, optimizer)
     step(parameters, optimizer, masks)
     pruned = parameters[name] == 0
-    assert int(pruned.sum()) == round(stage.updates(40)[5] * 0.6 * pruned.numel())
+    assert int(pruned.sum()) == round(stage.updates(40)[6] * 0.6 * pruned.numel())
     unpruned = tuple((~pruned).nonzero()[0].tolist())
     others, other_optimizer, other = begin()
     other.restore(masks.state())
