@@ -143,7 +143,7 @@ def test_gradients_are_those_of_the_product(model: Path) -> None:
 
 def test_layers_that_share_a_weight_share_its_adapter(model: Path) -> None:
     student = opened(model)
-    first, second = (student.skeleton.module(f"model.layers.{block}.mlp.up_proj") for block in (0, 1))
+    first, second = (student.model.get_submodule(f"model.layers.{block}.mlp.up_proj") for block in (0, 1))
     second.weight = first.weight
     adapted = adapt(student, LoraRecovery(ignore=["*_attn.*", "*.down_proj"]), 0, "x", keeps_zeros=False)
     trained_by_chance(student, adapted)
