@@ -29,8 +29,9 @@ from workers.recipe import Recipe
 from workers.shapes.attention import windows_of
 from workers.sources.unchanged import check_unchanged
 from workers.stage_report import stage_report
-from workers.techniques import LayerOptions
+from workers.techniques import ChosenLayers
 from workers.texts import Texts
+from workers.training.augmentation import check_augmentation
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -56,7 +57,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
         _check_stored_size(request, recipe, skeleton)
     recipe = _without_zero_points_in_float16(recipe, skeleton, emit)
     texts = Texts(work / "source", recipe, emit)
-    texts.tokenizer(skeleton)
+    check_augmentation(recipe, texts.tokenizer(skeleton))
     journal = _journal(work, recipe, emit)
     may_wait, told = waiting_bytes(free_bytes(memory_limit_bytes)), _Told(recipe, emit)
     preparation = Preparation(recipe, texts, journal, may_wait, told.preparing, told.measured, told.prepared)
@@ -149,7 +150,7 @@ def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
     """Say which patterns name no layer: a typing error there would have a layer compressed that was to be spared."""
     names = {*skeleton.linear_layers, skeleton.architecture.embedding}
     for index, stage in enumerate(recipe.stages):
-        if not isinstance(stage, LayerOptions):
+        if not isinstance(stage, ChosenLayers):
             continue
         unmatched = [pattern for pattern in stage.ignore if not fnmatch.filter(names, pattern)]
         if unmatched:

@@ -28,8 +28,8 @@ from workers.techniques import (
     GPTQ,
     Iterate,
     LayerOptions,
-    PruningOptions,
     QuantizationAwareFineTuning,
+    SparsityOptions,
     StageOptions,
     StructureOptions,
     TrainingOptions,
@@ -90,7 +90,8 @@ class Preparation:
                 teacher, _ = self._change(teacher, teacher, stages, first, journal)
             skeleton, reports = self._change(skeleton, teacher, stages, first, journal)
             # What learned its task before anything was taken from it is what a student learns from.
-            if is_whole and isinstance(stages[0], TrainingOptions | VocabularyPruning):
+            takes_nothing = isinstance(stages[0], TrainingOptions) and not isinstance(stages[0], SparsityOptions)
+            if is_whole and (takes_nothing or isinstance(stages[0], VocabularyPruning)):
                 teacher = skeleton
             for index, report in enumerate(reports, first):
                 self.reports.append(report)
@@ -98,7 +99,8 @@ class Preparation:
         if self._recipe.trains_codes:
             index, last = len(self._recipe.stages) - 1, self._recipe.stages[-1]
             assert isinstance(last, QuantizationAwareFineTuning)
-            skeleton, self.training_of_codes = self._train_codes(skeleton, teacher, last, index)
+            skeleton, told = self._train_codes(skeleton, teacher, last, index)
+            self.training_of_codes = told["metrics"]
         return skeleton
 
     def _train_codes(
@@ -122,7 +124,7 @@ class Preparation:
         stage = stages[0]
         if isinstance(stage, LayerOptions):
             skeleton, reports = self._compress_layers(skeleton, stages, index, journal)
-            self.keeps_zeros |= any(isinstance(each, PruningOptions) for each in stages)
+            self.keeps_zeros |= any(isinstance(each, SparsityOptions) for each in stages)
             return skeleton, reports
         if isinstance(stage, Iterate):
             skeleton, report = self._iterate(skeleton, teacher, stage, index, journal)
@@ -134,7 +136,9 @@ class Preparation:
             skeleton, metrics = reshape(shaping, stage)
         else:
             assert isinstance(stage, TrainingOptions)
-            skeleton, metrics = self._train(skeleton, teacher, stage, index, journal)
+            skeleton, told = self._train(skeleton, teacher, stage, index, journal)
+            self.keeps_zeros |= isinstance(stage, SparsityOptions)
+            return skeleton, [{"technique": stage.technique, **told}]
         return skeleton, [_report(stage, metrics)]
 
     def _train(
@@ -161,8 +165,8 @@ class Preparation:
             first_codes=first_codes,
             span=self._span,
         )
-        metrics = training.run()
-        return opened_again(journal.folder / CHECKPOINT, skeleton), metrics
+        told = training.run()
+        return opened_again(journal.folder / CHECKPOINT, skeleton), told
 
     def _compress_layers(
         self,
@@ -230,7 +234,7 @@ class Preparation:
         first = self._first_left(parts, journal)
         if first:
             skeleton = opened_again(journal.inner(parts[first - 1][1]).folder / CHECKPOINT, skeleton)
-            self.keeps_zeros |= isinstance(stage.pruning, PruningOptions)
+            self.keeps_zeros |= isinstance(stage.pruning, SparsityOptions)
         last: Report = _report(stage, {})
         for done, (number, name, inner) in enumerate(parts):
 

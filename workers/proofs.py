@@ -14,9 +14,9 @@ from workers.recipe import Recipe
 from workers.techniques import (
     Iterate,
     MixedPrecision,
-    PruningOptions,
     QuantizationOptions,
     SlidingWindow,
+    SparsityOptions,
     TieEmbeddings,
     TrainingOptions,
 )
@@ -31,7 +31,7 @@ def check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str
     has_few_values = recipe.quantization is not None and not recipe.stores_codes and recipe.cast is None
     # What contains a stage is what it contains.
     contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in recipe.stages]
-    is_pruned = any(isinstance(stage, PruningOptions) for stage in contained)
+    is_pruned = any(isinstance(stage, SparsityOptions) for stage in contained)
     # Training alone makes a model better, a window its cache smaller: neither has fewer weights. A window is proven by
     # itself; what is only trained has not more bytes either, as it would where the original's were codes.
     keeps_weights = all(isinstance(stage, TrainingOptions | SlidingWindow) for stage in recipe.stages)
@@ -78,10 +78,9 @@ def _dense_bytes(folder: Path) -> int:
 def prove_stages(model: Readable, recipe: Recipe, stages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The stages' reports, with what the weights of the reopened artifact prove of each."""
     for stage, report in zip(recipe.stages, stages, strict=True):
-        if isinstance(stage, Iterate) and isinstance(stage.pruning, PruningOptions):
-            report["metrics"] |= _prove_zeros(model, stage.pruning, report["layers"])
-        elif isinstance(stage, PruningOptions):
-            report["metrics"] |= _prove_zeros(model, stage, report["layers"])
+        pruning = stage.pruning if isinstance(stage, Iterate) else stage
+        if isinstance(pruning, SparsityOptions):
+            report["metrics"] |= _prove_zeros(model, pruning, report["layers"])
         elif isinstance(stage, QuantizationOptions) and not recipe.stores_codes and recipe.cast is None:
             report["metrics"] |= _prove_grid(model, stage, report["layers"])
     return stages
@@ -115,7 +114,7 @@ def prove_vocabulary(model: Readable, recipe: Recipe, vocab_size: int) -> None:
         raise CrashError("shape_not_reached", "The artifact's head is not its embedding.")
 
 
-def _prove_zeros(model: Readable, stage: PruningOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
+def _prove_zeros(model: Readable, stage: SparsityOptions, layers: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Each layer has the zeros that it was to get, and all together what the recipe asks for."""
     assert stage.sparsity is not None
     found = measure_sparsity(model, {name: layer["sparsity"] for name, layer in layers.items()}, stage.pattern)

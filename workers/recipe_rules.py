@@ -11,9 +11,9 @@ from workers.techniques import (
     Iterate,
     LayerOptions,
     MixedPrecision,
-    PruningOptions,
     QuantizationOptions,
     SlidingWindow,
+    SparsityOptions,
     Stage,
     StructureOptions,
     TrainingOptions,
@@ -72,7 +72,7 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
             f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
         )
     contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in stages]
-    if output.format == "sparse-bitmask" and not any(isinstance(stage, PruningOptions) for stage in contained):
+    if output.format == "sparse-bitmask" and not any(isinstance(stage, SparsityOptions) for stage in contained):
         raise RecipeError(
             "output_format_impossible",
             "output.format",
@@ -101,7 +101,7 @@ def _check_order(stages: Sequence[Stage]) -> None:
                 f"stages[{index}].technique",
                 f"{stage.technique} changes the model's shape; move it before stages[{first}]",
             )
-        if first is None and isinstance(stage, LayerOptions | Iterate):
+        if first is None and isinstance(stage, LayerOptions | SparsityOptions | Iterate):
             first = index
     techniques = [type(stage) for stage in stages]
     if SlidingWindow in techniques and VocabularyPruning in techniques:
@@ -127,12 +127,16 @@ def check_training(stages: Sequence[Stage], training: Training | None) -> None:
 
 def _check_sparsities(stages: Sequence[Stage]) -> None:
     """Raise RecipeError ``stages_conflict`` where a pruning stage asks for no more zeros than that before it leaves."""
-    pruning = [(index, stage) for index, stage in enumerate(stages) if isinstance(stage, PruningOptions)]
+    pruning = [(index, stage) for index, stage in enumerate(stages) if isinstance(stage, SparsityOptions)]
     for (before, earlier), (index, later) in pairwise(pruning):
         assert earlier.sparsity is not None
         assert later.sparsity is not None
-        is_uniform = all(each.pattern is None and each.allocation == "uniform" for each in (earlier, later))
-        if is_uniform and later.sparsity <= earlier.sparsity and set(earlier.ignore) <= set(later.ignore):
+        if (
+            earlier.is_uniform
+            and later.is_uniform
+            and later.sparsity <= earlier.sparsity
+            and set(earlier.ignore) <= set(later.ignore)
+        ):
             raise RecipeError(
                 "stages_conflict",
                 f"stages[{index}].sparsity",

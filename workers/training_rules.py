@@ -30,7 +30,7 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
             hint="Name one field, or give evaluation a text of its own.",
         )
     task = architecture_of(config).task
-    for param, stage in _with_places(recipe):
+    for param, stage in with_places(recipe):
         if task == "masked":
             raise UserError(
                 "unsupported_task",
@@ -63,7 +63,7 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
             )
 
 
-def _with_places(recipe: Recipe) -> Iterator[tuple[str, TrainingOptions]]:
+def with_places(recipe: Recipe) -> Iterator[tuple[str, TrainingOptions]]:
     """The stages that train, contained ones too, and where they are."""
     for index, stage in enumerate(recipe.stages):
         if isinstance(stage, TrainingOptions):

@@ -24,7 +24,7 @@ from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
 from workers.sources.labels import has_labels, labels_of
 from workers.sources.texts import is_one_source
-from workers.techniques import PruningOptions, QuantizationOptions
+from workers.techniques import QuantizationOptions, SparsityOptions
 from workers.techniques.schemes import group_size_fits
 from workers.training_rules import check_training
 
@@ -134,7 +134,7 @@ def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:
     Raises UserError ``mask_structure_fits_no_layer``.
     """
     for index, stage in enumerate(recipe.stages):
-        pattern = stage.pattern if isinstance(stage, PruningOptions) else None
+        pattern = stage.pattern if isinstance(stage, SparsityOptions) else None
         if pattern is not None and not any(width % pattern[1] == 0 for width in facts.linear_in_features):
             raise UserError(
                 "mask_structure_fits_no_layer",
@@ -157,7 +157,7 @@ def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, 
                 "param": "recipe.output.format",
             }
         )
-    is_pruned = any(isinstance(stage, PruningOptions) for stage in submission.recipe.stages)
+    is_pruned = any(isinstance(stage, SparsityOptions) for stage in submission.recipe.stages)
     if quantization is None and is_pruned and submission.recipe.output.format == "safetensors":
         warnings.append(
             {

@@ -9,16 +9,20 @@ import torch
 from torch import Tensor
 
 
-def magnitude_mask(weight: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:
+def magnitude_mask(weight: Tensor, sparsity: float, pattern: tuple[int, int] | None, *, part: float = 1.0) -> Tensor:
     """True where a weight (rows × columns) is among the smallest.
 
     Unstructured: exactly ``round(sparsity · weights)`` of the whole matrix. With ``pattern`` (N, M): all but the N
-    largest of every M consecutive columns; columns that do not fill a group of M are left alone.
+    largest of every M consecutive columns; columns that do not fill a group of M are left alone. Only the smallest
+    ``part`` (0 to 1) of these weights are taken, rounded to whole ones.
     """
-    magnitude = weight.abs()
+    magnitude, count = weight.abs(), sparsity * weight.numel()
     if pattern is not None:
-        return smallest_of_each_group(magnitude, *pattern)
-    return _smallest_of_rows(magnitude.reshape(1, -1), [round(sparsity * weight.numel())]).view_as(weight)
+        mask = smallest_of_each_group(magnitude, *pattern)
+        if part == 1:
+            return mask
+        magnitude, count = torch.where(mask, magnitude, torch.inf), float(mask.sum())
+    return _smallest_of_rows(magnitude.reshape(1, -1), [round(part * count)]).view_as(weight)
 
 
 def wanda_mask(weight: Tensor, input_norms: Tensor, sparsity: float, pattern: tuple[int, int] | None) -> Tensor:

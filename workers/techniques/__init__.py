@@ -12,11 +12,13 @@ from workers.techniques.distillation_options import DistillationOptions
 from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.gptq import GPTQ
+from workers.techniques.gradual_pruning import GradualPruning
 from workers.techniques.iterate import Iterate
 from workers.techniques.logit_distillation import LogitDistillation
+from workers.techniques.lora_recovery import LoraRecovery
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
-from workers.techniques.options import LayerOptions, StageOptions
+from workers.techniques.options import ChosenLayers, LayerOptions, StageOptions
 from workers.techniques.pruning_options import PruningOptions
 from workers.techniques.quantization_aware_finetuning import QuantizationAwareFineTuning
 from workers.techniques.quantization_options import QuantizationOptions
@@ -24,6 +26,7 @@ from workers.techniques.round_to_nearest import RoundToNearest
 from workers.techniques.sliding_window import SlidingWindow
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
+from workers.techniques.sparsity_options import SparsityOptions
 from workers.techniques.structure_options import StructureOptions
 from workers.techniques.tie_embeddings import TieEmbeddings
 from workers.techniques.training_options import TrainingOptions
@@ -47,6 +50,8 @@ Stage = Annotated[
     | TieEmbeddings
     | SlidingWindow
     | LogitDistillation
+    | LoraRecovery
+    | GradualPruning
     | FineTuning
     | QuantizationAwareFineTuning
     | Iterate,
@@ -61,13 +66,16 @@ __all__ = [
     "AWQ",
     "GPTQ",
     "TECHNIQUES",
+    "ChosenLayers",
     "DepthPruning",
     "DistillationOptions",
     "DynamicInt8",
     "FineTuning",
+    "GradualPruning",
     "Iterate",
     "LayerOptions",
     "LogitDistillation",
+    "LoraRecovery",
     "Magnitude",
     "MixedPrecision",
     "PruningOptions",
@@ -77,6 +85,7 @@ __all__ = [
     "SlidingWindow",
     "SmoothQuant",
     "SparseGPT",
+    "SparsityOptions",
     "Stage",
     "StageOptions",
     "StructureOptions",

@@ -24,6 +24,7 @@ class DistillationOptions(TrainingOptions):
     """Soft targets with their T² (arXiv:1503.02531) beside hard ones; hidden states as in arXiv:1910.01108."""
 
     kind: ClassVar[Kind] = "distillation"
+    initializations: ClassVar[tuple[str, ...]] = ("model", "random")  # that the technique can begin with
 
     initialization: Annotated[
         Literal["model", "gptq", "random"],
@@ -57,6 +58,14 @@ class DistillationOptions(TrainingOptions):
     synthetic: Annotated[
         SyntheticText | None, Field(description="Text sampled from the teacher, in place of the training text.")
     ] = None
+
+    @model_validator(mode="after")
+    def _begins_with_what_it_trains(self) -> Self:
+        if self.initialization not in self.initializations:
+            raise OptionError(
+                "initialization", f"must be {' or '.join(self.initializations)}, which {self.technique} can train"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_cache(self) -> Self:

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from workers.techniques.depth_pruning import DepthPruning
 from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.logit_distillation import LogitDistillation
+from workers.techniques.lora_recovery import LoraRecovery
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.options import Kind, OptionError, StageOptions, Statistic
 from workers.techniques.pruning_options import PruningOptions
@@ -18,7 +19,8 @@ from workers.techniques.training_options import TrainingOptions
 from workers.techniques.wanda import Wanda
 
 InnerStage = Annotated[
-    Magnitude | Wanda | SparseGPT | DepthPruning | LogitDistillation | FineTuning, Field(discriminator="technique")
+    Magnitude | Wanda | SparseGPT | DepthPruning | LogitDistillation | LoraRecovery | FineTuning,
+    Field(discriminator="technique"),
 ]
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal, Self
-
-from pydantic import model_validator
+from typing import ClassVar, Literal
 
 from workers.techniques.distillation_options import DistillationOptions
-from workers.techniques.options import OptionError
 
 
 class LogitDistillation(DistillationOptions):
@@ -16,9 +13,3 @@ class LogitDistillation(DistillationOptions):
     summary: ClassVar[str] = "Trains the smaller model to give what the original gives: wins back what was lost."
 
     technique: Literal["logit_distillation"] = "logit_distillation"
-
-    @model_validator(mode="after")
-    def _begins_with_values(self) -> Self:
-        if self.initialization == "gptq":
-            raise OptionError("initialization", "must be model or random: gptq gives codes, which are not trained here")
-        return self

@@ -49,15 +49,8 @@ class StageOptions(BaseModel):
         return 0.01
 
 
-class LayerOptions(StageOptions):
-    """Options of a stage that compresses linear layers one by one, as the engine's stream comes past them."""
-
-    rescales_inputs: ClassVar[bool] = False
-
-    @property
-    def relative_time(self) -> float:
-        """It compresses layers."""
-        return 1.0
+class ChosenLayers(StageOptions):
+    """Options of a stage that treats linear layers one by one, and may be told to spare some."""
 
     ignore: Annotated[
         list[Annotated[str, Field(min_length=1, max_length=200)]],
@@ -72,6 +65,17 @@ class LayerOptions(StageOptions):
     def ignores(self, layer: str) -> bool:
         """Whether the stage leaves the layer of this name as it is."""
         return any(fnmatchcase(layer, pattern) for pattern in self.ignore)
+
+
+class LayerOptions(ChosenLayers):
+    """Options of a stage that compresses linear layers one by one, as the engine's stream comes past them."""
+
+    rescales_inputs: ClassVar[bool] = False
+
+    @property
+    def relative_time(self) -> float:
+        """It compresses layers."""
+        return 1.0
 
     @property
     def plan_share(self) -> float:

@@ -21,6 +21,7 @@ class QuantizationAwareFineTuning(QuantizationOptions, DistillationOptions):
     summary: ClassVar[str] = (
         "Trains weights and scales while they are rounded, to give what the original gives: best at 2 and 3 bits."
     )
+    initializations: ClassVar[tuple[str, ...]] = ("model", "gptq", "random")
 
     technique: Literal["quantization_aware_finetuning"] = "quantization_aware_finetuning"
     initialization: Annotated[

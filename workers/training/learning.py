@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from workers.engine.device import keeping_freed_memory
-from workers.techniques import DistillationOptions, QuantizationAwareFineTuning
+from workers.techniques import DistillationOptions, LoraRecovery, QuantizationAwareFineTuning
+from workers.training.adapters import Adapted, adapt
 from workers.training.lesson import Lesson
 from workers.training.loop import Listener, Loop
 from workers.training.model import CHECKPOINT, Whole, write_checkpoint
@@ -25,29 +26,44 @@ class Learned:
     curve: Curve
     num_steps: int  # that were planned
     fingerprints: list[dict[str, Any]]  # that earlier attempts made steps under
+    num_trained_parameters: int
+    num_layers: int | None  # that were treated, where that is decided for each
+    layers: dict[str, dict[str, Any]]  # those that were pruned
+    fallbacks: list[dict[str, Any]]
 
 
 def learn(lesson: Lesson, ranks: Ranks, listener: Listener) -> Learned:
     """Do this process's part of ``lesson``; the first process hears, and leaves the checkpoint in the lesson's folder.
 
     Raises:
-        UserError: ``non_finite_loss``, and what opening a model may raise.
+        UserError: ``non_finite_loss``, ``nothing_changed``, and what opening a model may raise.
     """
     corpus = lesson.corpus()
     stage, student = lesson.stage, lesson.student.open(trains=True)
     if isinstance(stage, DistillationOptions) and stage.initialization == "random":
         student.begin_anew(lesson.seed)
-    rounded = {}
+    rounded, adapted, param = {}, Adapted({}, []), f"recipe.stages[{lesson.index}]"
     if isinstance(stage, QuantizationAwareFineTuning):
         rounded = round_weights(student, stage, lesson.first_codes)
+    elif isinstance(stage, LoraRecovery):
+        adapted = adapt(student, stage, lesson.seed, param, keeps_zeros=lesson.keeps_zeros)
     objective = _objective(lesson, student, corpus.samples)
     loop = Loop(student, objective, corpus, lesson, ranks, listener)
     with keeping_freed_memory():
         curve, weights = loop.run()
+    layers, fallbacks = loop.masks.report(param)
     if ranks.is_first:
-        values, codes = stored_values(rounded, weights), codes_of(rounded, weights)
+        values, codes = adapted.merged(stored_values(rounded, weights)), codes_of(rounded, weights)
         write_checkpoint(student, values, lesson.folder / CHECKPOINT, codes)
-    return Learned(curve, loop.num_steps, loop.journal.fingerprints)
+    return Learned(
+        curve,
+        loop.num_steps,
+        loop.journal.fingerprints,
+        loop.num_trained_parameters,
+        len(layers) or len(adapted.layers) or None,
+        layers,
+        [*fallbacks, *adapted.fallbacks],
+    )
 
 
 def _objective(lesson: Lesson, student: Whole, samples: Samples) -> Objective:

@@ -15,6 +15,7 @@ from workers.engine.device import training_products
 from workers.errors import UserError
 from workers.techniques import QuantizationAwareFineTuning, TrainingOptions
 from workers.training.lesson import Corpus, Lesson
+from workers.training.masks import Masks
 from workers.training.model import Whole
 from workers.training.objective import Objective
 from workers.training.ranks import Ranks
@@ -61,16 +62,22 @@ class Loop:
         self._listener = listener
         self._param = f"recipe.stages[{lesson.index}]"
         self._seed = lesson.seed
-        self._masks = student.masks() if lesson.keeps_zeros else {}  # weights stay zero where these are false
         self.journal = StepJournal(lesson.folder / "steps", lesson.fingerprint)
         self.num_steps = stage.steps_for(corpus.division.training.numel())
         self._interval = max(1, self.num_steps // stage.num_evaluations)
+        self._trained = {name: each for name, each in student.parameters().items() if each.requires_grad}
         self._parameters = {
-            **student.parameters(),
+            **self._trained,
             **{f"projections.{name}": each for name, each in objective.projections.named_parameters()},
         }
         self._optimizer = _optimizer(self._parameters, stage)
+        self.masks = Masks(student, self._parameters, stage, self.num_steps, keeps_zeros=lesson.keeps_zeros)
         self._best: dict[str, Tensor] = {}
+
+    @property
+    def num_trained_parameters(self) -> int:
+        """Of the student."""
+        return sum(each.numel() for each in self._trained.values())
 
     def run(self) -> tuple[Curve, dict[str, Tensor]]:
         """Train to the end; what was measured, and the weights that were best, or last where nothing stops early.
@@ -101,7 +108,7 @@ class Loop:
                 param=f"{self._param}.learning_rate",
                 hint="Lower learning_rate, or raise patience or num_evaluations.",
             )
-        return curve, self._best or {name: each.detach() for name, each in self._student.parameters().items()}
+        return curve, {**_values(self._student.parameters()), **self._best}
 
     def _begin(self) -> Curve:
         kept = self.journal.read()
@@ -118,12 +125,13 @@ class Loop:
                     "exp_avg": tensors[f"mean.{name}"].to(parameter.device),
                     "exp_avg_sq": tensors[f"square.{name}"].to(parameter.device),
                 }
+        self.masks.restore(tensors)
         self._best = {name.removeprefix("best."): each for name, each in tensors.items() if name.startswith("best.")}
         return curve
 
     def _state(self) -> dict[str, Tensor]:
         """All that the next step depends on. Chance is drawn anew from the seed for each step, and needs no state."""
-        state: dict[str, Tensor] = {f"best.{name}": tensor for name, tensor in self._best.items()}
+        state = {f"best.{name}": tensor for name, tensor in self._best.items()} | self.masks.state()
         for name, parameter in self._parameters.items():
             moments = self._optimizer.state[parameter]
             state |= {
@@ -139,6 +147,7 @@ class Loop:
     def _step(self, curve: Curve) -> float:
         """One step of the optimizer; the loss a target before it."""
         step = curve.step
+        self.masks.grow(step, self._optimizer)
         batches = list(self._micro_batches(self._corpus.order.batch(step, self._stage.batch_size), step))
         num_targets, num_tokens = self._ranks.sum(
             sum(self._objective.num_targets(batch) for _, batch in batches),
@@ -156,10 +165,7 @@ class Loop:
         [total] = self._ranks.sum(total)
         self._ranks.sum_gradients(self._parameters.values())
         curve.num_tokens += int(num_tokens)
-        for name, mask in self._masks.items():
-            gradient = self._parameters[name].grad
-            assert gradient is not None
-            gradient.mul_(mask)  # a weight of zero without a gradient has no moments, no decay, and stays
+        self.masks.hold()
         norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self._stage.max_grad_norm)
         if not (math.isfinite(total) and bool(torch.isfinite(norm))):
             raise UserError(
@@ -197,6 +203,8 @@ class Loop:
         }
         if not self._lesson.is_causal and num_hard:
             point["held_out_accuracy"] = num_right / num_hard
+        if (sparsity := self.masks.sparsity) is not None:
+            point["sparsity"] = sparsity
         curve.points.append(point)
         if not math.isfinite(held_out):
             raise UserError(
@@ -208,7 +216,7 @@ class Loop:
         if curve.lowest_held_out is None or held_out < curve.lowest_held_out:
             curve.lowest_held_out, curve.lowest_step, curve.num_without_progress = held_out, curve.step, 0
             if self._stage.patience is not None and self._ranks.is_first:
-                self._best = {name: each.detach().clone() for name, each in self._student.parameters().items()}
+                self._best = {name: each.clone() for name, each in _values(self._trained).items()}
         else:
             curve.num_without_progress += 1
         if self._ranks.is_first:
@@ -245,6 +253,10 @@ class Loop:
         size = min(size, math.ceil(len(numbers) / self._ranks.count))
         for number, some in self._ranks.share(list(of_like_length(numbers, corpus.samples, size))):
             yield number, collate(corpus.samples, some, corpus.padding, changed, causal=self._lesson.is_causal)
+
+
+def _values(parameters: Mapping[str, torch.nn.Parameter]) -> dict[str, Tensor]:
+    return {name: each.detach() for name, each in parameters.items()}
 
 
 def thinned(points: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

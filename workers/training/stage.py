@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -20,10 +20,10 @@ from workers.engine.skeleton import Skeleton
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.techniques import DistillationOptions, TrainingOptions
-from workers.techniques.training_options import Augmentation
 from workers.texts import Texts
 from workers.training import loop
-from workers.training.learning import learn
+from workers.training.augmentation import augmentation_of
+from workers.training.learning import Learned, learn
 from workers.training.lesson import SAMPLES, Lesson, Source, samples_folder
 from workers.training.loop import Listener, thinned
 from workers.training.model import CHECKPOINT, Whole
@@ -31,7 +31,6 @@ from workers.training.objective import Objective, Weights
 from workers.training.processes import check_accelerators, learn_in_processes
 from workers.training.ranks import Ranks
 from workers.training.samples import (
-    Augmented,
     Samples,
     collate,
     divide,
@@ -40,7 +39,6 @@ from workers.training.samples import (
 )
 from workers.training.seeds import seed_of
 from workers.training.sides import Sides
-from workers.training.step_journal import Curve
 from workers.training.synthesis import write_synthetic
 
 _EASINESS = "easiness"
@@ -67,18 +65,18 @@ class TrainingStage:
     span: tuple[float, float] = (0.0, 1.0)  # of the fall of the learning rate, which rounds share
 
     def run(self) -> dict[str, Any]:
-        """Train, leave the checkpoint in the journal's folder, and return what the report says of it.
+        """Train, leave the checkpoint in the journal's folder, and return the report's metrics, fallbacks and layers.
 
         Raises:
             UserError: ``too_little_text``, ``non_finite_loss`` or another that says what to change.
         """
-        metrics: dict[str, Any] = self.journal.folder_once(CHECKPOINT, lambda _: self._train())
+        told: dict[str, Any] = self.journal.folder_once(CHECKPOINT, lambda _: self._train())
         for path in self.journal.folder.iterdir():
             if path.is_dir() and path.name != CHECKPOINT:
                 shutil.rmtree(path)
         for name in (SAMPLES, _EASINESS):
             (self.journal.folder / f"{name}.json").unlink(missing_ok=True)
-        return metrics
+        return told
 
     @property
     def _seed(self) -> int:
@@ -97,7 +95,8 @@ class TrainingStage:
         _forget_models()
         self.journal.decided_under.extend(learned.fingerprints)
         samples = Samples(samples_folder(lesson.folder))
-        return _metrics(learned.curve, lesson, learned.num_steps, samples)
+        metrics = _metrics(learned, lesson, samples)
+        return {"metrics": metrics, "fallbacks": learned.fallbacks, "layers": learned.layers}
 
     def _lesson(self) -> Lesson:
         """What is to be learned, with all that is written before the first step, or found where it was written."""
@@ -125,7 +124,7 @@ class TrainingStage:
             division=division,
             first_epoch=self._first_epoch(samples, division.training, judge, padding),
             padding=padding,
-            augmented=self._augmented(tokenizer),
+            augmented=augmentation_of(stage, tokenizer, self._seed),
             first_codes=self.first_codes,
             span=self.span,
             keeps_zeros=self.keeps_zeros,
@@ -167,20 +166,6 @@ class TrainingStage:
         self.journal.folder_once(SAMPLES, write)
         return Samples(samples_folder(self.journal.folder))
 
-    def _augmented(self, tokenizer: Any) -> Callable[[int], Augmented] | None:
-        options = self.stage.augmentation
-        if options == Augmentation():
-            return None
-        mask_token = tokenizer.mask_token_id if tokenizer.mask_token_id is not None else tokenizer.unk_token_id
-        if mask_token is None and options.mask_probability:
-            raise UserError(
-                "invalid_value",
-                "The tokenizer has no token that stands for a masked one, nor one for unknown text.",
-                param=f"recipe.stages[{self.index}].augmentation.mask_probability",
-                hint="Leave tokens out by delete_probability alone.",
-            )
-        return partial(_augmented, options, mask_token or 0, tokenizer.all_special_ids, self._seed)
-
     @torch.no_grad()
     def _first_epoch(
         self, samples: Samples, numbers: Tensor, judge: Callable[[], Whole], padding: int
@@ -206,13 +191,6 @@ class TrainingStage:
         return numbers[torch.argsort(torch.tensor(self.journal.once(_EASINESS, losses)), stable=True)]
 
 
-def _augmented(
-    options: Augmentation, mask_token: int, special_tokens: Sequence[int], seed: int, step: int
-) -> Augmented:
-    """What chance does to the tokens of a step."""
-    return Augmented(options, mask_token, special_tokens, seed_of(seed, "augmentation", step))
-
-
 def _forget_models() -> None:
     """Give back the memory of models that nobody needs any more: they hold cycles, which no count ever frees."""
     gc.collect()
@@ -230,13 +208,17 @@ def lesson_needs_labels(stage: TrainingOptions, architecture: Architecture) -> b
     return is_hard and architecture.task == "classification"
 
 
-def _metrics(curve: Curve, lesson: Lesson, num_steps: int, samples: Samples) -> dict[str, Any]:
+def _metrics(learned: Learned, lesson: Lesson, samples: Samples) -> dict[str, Any]:
+    curve = learned.curve
     first, last = curve.points[0], curve.points[-1]
     if lesson.stage.patience is not None:  # the weights that are kept are those of the lowest loss
         last = next(point for point in curve.points if point["step"] == curve.lowest_step)
+    of_layers = {"num_layers": learned.num_layers, "num_fallbacks": len(learned.fallbacks)}
     return {
+        **({} if learned.num_layers is None else of_layers),
+        "num_trained_parameters": learned.num_trained_parameters,
         "num_steps": curve.step,
-        "planned_num_steps": num_steps,
+        "planned_num_steps": learned.num_steps,
         "num_samples": len(samples),
         "num_training_samples": lesson.division.training.numel(),
         "num_tokens": curve.num_tokens,

@@ -38,6 +38,31 @@ def test_every_group_of_m_keeps_exactly_its_n_largest(seed: int, pattern: tuple[
 
 
 @settings(max_examples=30, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    pattern=st.sampled_from([None, (2, 4), (1, 4), (3, 5)]),
+    columns=st.integers(5, 43),
+    parts=st.lists(st.floats(0, 1), min_size=1, max_size=4),
+)
+def test_a_part_of_a_mask_is_its_smallest_weights_and_grows_to_all_of_it(
+    seed: int, pattern: tuple[int, int] | None, columns: int, parts: list[float]
+) -> None:
+    weight = torch.randn(6, columns, generator=torch.Generator().manual_seed(seed))
+    sparsity = 0.6 if pattern is None else 1 - pattern[0] / pattern[1]
+    whole = magnitude_mask(weight, sparsity, pattern)
+    for part in sorted(parts):
+        before, weight = weight, weight.clone()
+        mask = magnitude_mask(weight, sparsity, pattern, part=part)
+        assert abs(int(mask.sum()) - part * int(whole.sum())) <= 1
+        assert bool(whole[mask].all())
+        assert not bool(((before == 0) & ~mask).any())
+        if mask.any() and (whole & ~mask).any():
+            assert float(weight[mask].abs().max()) <= float(weight[whole & ~mask].abs().min())
+        weight[mask] = 0
+    assert torch.equal(magnitude_mask(weight, sparsity, pattern), whole)
+
+
+@settings(max_examples=30, deadline=None)
 @given(seed=st.integers(0, 1000), sparsity=st.floats(0.01, 0.99), rows=st.integers(1, 9), columns=st.integers(2, 40))
 def test_wanda_takes_the_least_important_of_every_row(seed: int, sparsity: float, rows: int, columns: int) -> None:
     generator = torch.Generator().manual_seed(seed)
