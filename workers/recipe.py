@@ -11,7 +11,16 @@ from pydantic import (
     model_validator,
 )
 
-from workers.recipe_parts import Calibration, Evaluation, Output, Part, Training, at_most
+from workers.recipe_parts import (
+    BUILTIN_DATASET,
+    Calibration,
+    Dataset,
+    Evaluation,
+    Output,
+    Part,
+    Training,
+    at_most,
+)
 from workers.recipe_rules import check_stages, check_training, packings_of
 from workers.techniques import (
     TECHNIQUES,
@@ -27,6 +36,9 @@ from workers.techniques import (
 )
 from workers.techniques.options import Statistic
 from workers.techniques.schemes import ActivationGrid, SchemeFacts
+
+# Of text that nobody asked to be measured on.
+_MOST_TOKENS_APART = 4_096
 
 
 class Recipe(Part):
@@ -178,6 +190,30 @@ class Recipe(Part):
         contained = [stage.pruning for stage in self.stages if isinstance(stage, Iterate)]
         planning = [stage for stage in (*self.stages, *contained) if isinstance(stage, LayerOptions)]
         return max((stage.plan_share for stage in planning), default=0.0)
+
+    @property
+    def evaluation_apart(self) -> Evaluation | None:
+        """What a causal language model is measured on apart from `evaluation`: text of the other kind.
+
+        General text where the evaluation is on the user's own; where that is on general text, the user's own that
+        stages read, unless `allow_overlap` has them read all of it. None where the job has no text of the other kind.
+        """
+        dataset: Dataset = BUILTIN_DATASET
+        text_field = "text"
+        if self.evaluation.is_general:
+            parts: list[Training | Calibration] = [self.calibration] if self.needs_calibration else []
+            if self.training is not None and self.reads_training_text:
+                parts.insert(0, self.training)
+            own = next((part for part in parts if part.dataset != BUILTIN_DATASET), None)
+            if own is None or self.evaluation.allow_overlap:
+                return None
+            dataset, text_field = own.dataset, own.text_field
+        return Evaluation(
+            dataset=dataset,
+            text_field=text_field,
+            num_tokens=min(self.evaluation.num_tokens, _MOST_TOKENS_APART),
+            max_seq_length=self.evaluation.max_seq_length,
+        )
 
     @property
     def stores_codes(self) -> bool:

@@ -8,8 +8,8 @@ from typing import Any
 from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
+from workers.sources.division import is_one_source
 from workers.sources.labels import has_labels
-from workers.sources.texts import is_one_source
 from workers.techniques import DistillationOptions, FineTuning, Iterate, TrainingOptions
 
 

@@ -19,11 +19,11 @@ from workers.shapes import facts_after
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.classifier_head import class_names, makes_classifier
 from workers.sources.datasets import MAX_CHECKED_LINES, check_dataset
+from workers.sources.division import is_one_source
 from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
 from workers.sources.labels import has_labels, labels_of
-from workers.sources.texts import is_one_source
 from workers.techniques import PruningOptions, QuantizationOptions
 from workers.techniques.schemes import group_size_fits
 from workers.training_rules import check_training
@@ -179,6 +179,17 @@ def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, 
                 "code": "text_divided",
                 "message": "Calibration and evaluation name one text: every third document of it (of fewer than three, "
                 "the last third) is kept for evaluation alone.",
+                "param": "recipe.evaluation.dataset",
+            }
+        )
+    apart = submission.recipe.evaluation_apart
+    if apart is not None and not apart.is_general and architecture_of(facts.config).task == "causal":
+        warnings.append(
+            {
+                "code": "text_held_out",
+                "message": "The evaluation text is not yours: of your own, every tenth document (of fewer than ten, "
+                f"the last tenth of each), until there are about {apart.num_tokens:,} tokens, is kept to measure "
+                "quality on it too. Nothing is kept with recipe.evaluation.allow_overlap.",
                 "param": "recipe.evaluation.dataset",
             }
         )
