@@ -101,7 +101,10 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     )
     context: dict[str, Any] | None = None
     if recipe.window is not None:
-        reading = Reading(work, recipe, held_out.ids, lambda done: progress("certify.context", 0.5 + 0.35 * done))
+        pieces = held_out.pieces(artifact)
+        reading = Reading(
+            work, recipe, held_out.ids, pieces, lambda done: progress("certify.context", 0.5 + 0.35 * done)
+        )
         context = context_part(original, artifact, reading, emit)
     progress("certify.speed", 0.85)
     opened: dict[str, Readable] = {"original": original, "artifact": artifact}

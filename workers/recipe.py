@@ -24,7 +24,6 @@ from workers.recipe_parts import (
 from workers.recipe_rules import check_stages, check_training, packings_of
 from workers.techniques import (
     TECHNIQUES,
-    Iterate,
     LayerOptions,
     PruningOptions,
     QuantizationAwareFineTuning,
@@ -33,6 +32,7 @@ from workers.techniques import (
     Stage,
     StageOptions,
     TrainingOptions,
+    placed,
 )
 from workers.techniques.options import Statistic
 from workers.techniques.schemes import ActivationGrid, SchemeFacts
@@ -52,7 +52,7 @@ class Recipe(Part):
     output: Output = Output()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
 
-    _first_stage: int = PrivateAttr(0)  # of a part of a recipe: where it begins
+    _params: list[str] = PrivateAttr(default_factory=list)  # of a part of a recipe: where its stages are
 
     @model_validator(mode="before")
     @classmethod
@@ -102,23 +102,22 @@ class Recipe(Part):
 
     def part(self, first: int, end: int) -> Recipe:
         """The recipe of some of the stages alone."""
-        return self.with_stages(self.stages[first:end], first)
+        return self.with_stages([(self.param(index), self.stages[index]) for index in range(first, end)])
 
-    def with_stages(self, stages: Sequence[StageOptions], first: int) -> Recipe:
-        """The recipe with other stages, in place of those from ``first`` on."""
-        part = self.model_copy(update={"stages": list(stages)})
-        part._first_stage = first
+    def with_stages(self, stages: Sequence[tuple[str, StageOptions]]) -> Recipe:
+        """The recipe with these stages alone, each with where it is in the whole recipe."""
+        part = self.model_copy(update={"stages": [stage for _, stage in stages]})
+        part._params = [param for param, _ in stages]
         return part
 
     def param(self, index: int) -> str:
         """Where a stage is in the whole recipe, for errors."""
-        return f"recipe.stages[{self._first_stage + index}]"
+        return self._params[index] if self._params else f"recipe.stages[{index}]"
 
     @property
     def training_stages(self) -> list[TrainingOptions]:
         """The stages that train, contained ones too."""
-        contained = [inner for stage in self.stages if isinstance(stage, Iterate) for inner in stage.training]
-        return [stage for stage in self.stages if isinstance(stage, TrainingOptions)] + contained
+        return [stage for _, stage in placed(self.stages) if isinstance(stage, TrainingOptions)]
 
     @property
     def reads_training_text(self) -> bool:
@@ -187,8 +186,7 @@ class Recipe(Part):
     @property
     def plan_share(self) -> float:
         """What part of the time goes into a plan of how to treat each layer; 0 where there is none."""
-        contained = [stage.pruning for stage in self.stages if isinstance(stage, Iterate)]
-        planning = [stage for stage in (*self.stages, *contained) if isinstance(stage, LayerOptions)]
+        planning = [stage for _, stage in placed(self.stages) if isinstance(stage, LayerOptions)]
         return max((stage.plan_share for stage in planning), default=0.0)
 
     @property

@@ -12,7 +12,7 @@ from workers.techniques.distillation_options import DistillationOptions
 from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.gptq import GPTQ
-from workers.techniques.iterate import Iterate
+from workers.techniques.iterate import Iterate, placed
 from workers.techniques.logit_distillation import LogitDistillation
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
@@ -85,4 +85,5 @@ __all__ = [
     "VocabularyPruning",
     "Wanda",
     "WidthPruning",
+    "placed",
 ]

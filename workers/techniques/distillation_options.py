@@ -58,6 +58,11 @@ class DistillationOptions(TrainingOptions):
         SyntheticText | None, Field(description="Text sampled from the teacher, in place of the training text.")
     ] = None
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything is learned from one."""
+        return self.alpha < 1 or bool(self.hidden_weight)
+
     @model_validator(mode="after")
     def _fits_cache(self) -> Self:
         if self.teacher_top_k is not None and self.hidden_weight:
