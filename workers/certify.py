@@ -90,12 +90,21 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
         prove_windows(original, artifact, compressed["windows"], recipe.window)
     _warn_of_size(size, emit)
     stages = prove_stages(artifact, recipe, compressed["stages"])
-    share = 0.75 if recipe.window is None else 0.35
-    quality = quality_part(held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + share * done)))
+    share = 0.65 if recipe.window is None else 0.3
+    quality = quality_part(
+        held_out.measure(artifact, lambda done: progress("certify.evaluate", 0.1 + share * done)),
+        recipe.evaluation,
+    )
     _warn_of_retokenized(quality, emit)
+    quality_apart = _quality_apart(
+        work, recipe, original, artifact, emit, lambda done: progress("certify.evaluate", 0.1 + share + 0.1 * done)
+    )
     context: dict[str, Any] | None = None
     if recipe.window is not None:
-        reading = Reading(work, recipe, held_out.ids, lambda done: progress("certify.context", 0.45 + 0.4 * done))
+        pieces = held_out.pieces(artifact)
+        reading = Reading(
+            work, recipe, held_out.ids, pieces, lambda done: progress("certify.context", 0.5 + 0.35 * done)
+        )
         context = context_part(original, artifact, reading, emit)
     progress("certify.speed", 0.85)
     opened: dict[str, Readable] = {"original": original, "artifact": artifact}
@@ -118,6 +127,7 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
             "opened": ways.to_report(),
             "size": size,
             "quality": quality,
+            "quality_apart": quality_apart,
             "context": context,
             "speed": speed_part(opened, speeds),
             "generation": generation,
@@ -137,6 +147,33 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     write_json(work / "artifact" / "report.json", report)
     (work / "artifact" / "README.md").write_text(model_card(report, request["recipe"]), encoding="utf-8")
     return outcome_of(report)
+
+
+def _quality_apart(
+    work: Path,
+    recipe: Recipe,
+    original: Readable,
+    artifact: Readable,
+    emit: Emit,
+    progress: Callable[[float], None],
+) -> dict[str, Any] | None:
+    """Quality on the text that :attr:`Recipe.evaluation_apart` names; None, with a warning, where there is none of it.
+
+    Nobody asked for this text: where a model cannot be measured on it, the job goes on.
+    """
+    apart, texts = recipe.evaluation_apart, work / "source" / "apart.jsonl"
+    if apart is None or original.architecture.task != "causal":
+        return None
+    reason = "calibration or training uses all of it."
+    if texts.exists():
+        try:
+            return quality_part(HeldOut(texts, apart, original).measure(artifact, progress), apart)
+        except UserError as error:
+            reason = error.message
+    which = "general text" if apart.is_general else "your own text"
+    message = f"Quality on {which}, apart from the evaluation text, is not measured: {reason}"
+    emit({"event": "warning", "code": "quality_apart_missing", "message": message, "param": "recipe.evaluation"})
+    return None
 
 
 def _check_usable(original: Opened, held_out: HeldOut, recipe: Recipe) -> None:

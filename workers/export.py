@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from workers.disk import write_json
-from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint import GENERATION_SETTINGS, Checkpoint
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
 from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
@@ -21,7 +21,6 @@ COMPANION_FILES = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
     "chat_template*", "*.tiktoken", "spiece.model", "sentencepiece*",
 )  # fmt: skip
-GENERATION_SETTINGS = "generation_config.json"
 
 
 def export(

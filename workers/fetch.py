@@ -1,8 +1,8 @@
 """Turns the model and data ids of a request into validated files of the work folder. Never imports torch.
 
-Leaves in ``{work}/source``: ``model/``, ``model.json``, ``data.json``, ``evaluation.jsonl`` and, where a stage needs
-them, ``calibration.jsonl`` and ``training.jsonl``; what an earlier attempt at the job left there complete is used as it
-is. This is the only process of a job that has the network and a token.
+Leaves in ``{work}/source``: ``model/``, ``model.json``, ``data.json``, ``evaluation.jsonl`` and, where the
+job needs them, ``calibration.jsonl``, ``training.jsonl`` and ``apart.jsonl``; what an earlier attempt at the job left
+there complete is used as it is. This is the only process of a job that has the network and a token.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from workers.architectures import architecture_of
 from workers.disk import write_json
 from workers.errors import InfrastructureError, UserError
 from workers.formats import load_sparse
@@ -81,6 +82,7 @@ def fetch(work: Path, request: dict[str, Any], emit: Emit) -> None:
         model_roots,
         labels=labels_of(recipe.evaluation, facts.config),
         training_labels=None if recipe.training is None else labels_of(recipe.training, facts.config),
+        measures_apart=architecture_of(facts.config).task == "causal",
     )
     write_json(source / "data.json", data)
     states = file_states(destination)

@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 _QUALITY_ROWS = (("perplexity", "perplexity", 3), ("accuracy", "accuracy", 4), ("macro F1", "macro_f1", 4))
+# What text is called that is no evaluation text.
+_KINDS = {"general": "general text (Python's documentation)", "task": "the text of the task"}
 _SPEED_ROWS = (
     ("load, seconds", "load_seconds"),
     ("first token, seconds", "first_token_seconds"),
@@ -27,6 +29,7 @@ def model_card(report: dict[str, Any], recipe: dict[str, Any]) -> str:
             for label, name, digits in _QUALITY_ROWS
             if quality[name] is not None
         ),
+        *_apart_row(report["quality_apart"]),
         *(
             (label, _speed(speed["original"][key]), _speed(speed["artifact"][key]))
             for label, key in _SPEED_ROWS
@@ -49,6 +52,7 @@ Made with {techniques} from `{report["model"]["id"]}` at revision `{report["mode
 
 {_comparison(report["task"], quality)}
 Measured in float32 on {_text(report["task"], quality)} of `{_dataset(recipe)}`, ± one standard error.
+{_apart(report["task"], report["quality_apart"])}\
 {_opening(report["opened"])}
 Layers that got something else than what was asked for: {fallbacks}; `report.json` names them.
 {_reproducibility(report["environment"])}
@@ -67,6 +71,22 @@ def _cache_row(context: dict[str, Any] | None) -> list[tuple[str, str, str]]:
         return []
     before, after = (context[f"{whose}kv_cache_bytes"] for whose in ("original_", ""))
     return [(f"KV cache of {context['max_positions']:,} tokens, bytes", f"{before:,}", f"{after:,}")]
+
+
+def _apart_row(quality: dict[str, Any] | None) -> list[tuple[str, str, str]]:
+    """Perplexity on text of the other kind, where the job has it."""
+    if quality is None:
+        return []
+    before, after = (_with_error(quality, f"{whose}perplexity", 3) for whose in ("original_", ""))
+    return [(f"perplexity, {_KINDS[quality['text']]}", before, after)]
+
+
+def _apart(task: str, quality: dict[str, Any] | None) -> str:
+    """The same of that text."""
+    if quality is None:
+        return ""
+    text = f"On {_text(task, quality)} of {_KINDS[quality['text']]}"
+    return f"{text}: perplexity ratio {_with_error(quality, 'perplexity_ratio')}.\n"
 
 
 def _comparison(task: str, quality: dict[str, Any]) -> str:

@@ -27,11 +27,13 @@ from workers.memory import free_bytes, waiting_bytes
 from workers.preparation import Preparation
 from workers.recipe import Recipe
 from workers.shapes.attention import windows_of
+from workers.sources.facts import ModelFacts
 from workers.sources.unchanged import check_unchanged
 from workers.stage_report import stage_report
-from workers.techniques import ChosenLayers
+from workers.techniques import ChosenLayers, placed
 from workers.texts import Texts
 from workers.training.augmentation import check_augmentation
+from workers.training_memory import check_training_memory
 
 Emit = Callable[[dict[str, Any]], None]
 
@@ -55,6 +57,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     skeleton = Skeleton(checkpoint, architecture_of(checkpoint.config), compute_device())
     if not recipe.early_stages:
         _check_stored_size(request, recipe, skeleton)
+    _check_training_memory(work, recipe, skeleton.device, memory_limit_bytes)
     recipe = _without_zero_points_in_float16(recipe, skeleton, emit)
     texts = Texts(work / "source", recipe, emit)
     check_augmentation(recipe, texts.tokenizer(skeleton))
@@ -104,6 +107,17 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
         emit({"event": "stage", "index": index, "status": "succeeded", "metrics": stage["metrics"]})
 
 
+def _check_training_memory(work: Path, recipe: Recipe, device: torch.device, limit_bytes: int | None) -> None:
+    """Raise CrashError ``out_of_memory`` where a stage that comes later cannot hold what it trains."""
+    if not recipe.training_stages:
+        return
+    told = json.loads((work / "source" / "model.json").read_text(encoding="utf-8"))
+    facts = ModelFacts.from_dict({name: each for name, each in told.items() if name != "fingerprint"})
+    is_shared = device.type == "cpu"
+    free = free_bytes(limit_bytes) if is_shared else torch.cuda.mem_get_info(device)[0]
+    check_training_memory(recipe, facts, free, is_shared=is_shared)
+
+
 class _Told:
     """Says how far the job is: a part of the time goes into the early stages, the rest into the stream."""
 
@@ -149,7 +163,7 @@ def _check_stored_size(request: dict[str, Any], recipe: Recipe, skeleton: Skelet
 def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
     """Say which patterns name no layer: a typing error there would have a layer compressed that was to be spared."""
     names = {*skeleton.linear_layers, skeleton.architecture.embedding}
-    for index, stage in enumerate(recipe.stages):
+    for place, stage in placed(recipe.stages):
         if not isinstance(stage, ChosenLayers):
             continue
         unmatched = [pattern for pattern in stage.ignore if not fnmatch.filter(names, pattern)]
@@ -158,7 +172,7 @@ def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
                 f"{len(unmatched)} of the patterns name no linear layer of this model and spare none, the first "
                 f"{unmatched[0]!r}. A layer's name is like {skeleton.block_layers[0]}."
             )
-            param = f"recipe.stages[{index}].ignore"
+            param = f"{place}.ignore"
             emit({"event": "warning", "code": "ignores_nothing", "message": message, "param": param})
 
 

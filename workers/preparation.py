@@ -41,6 +41,7 @@ from workers.training.stage import TrainingStage
 
 Progress = Callable[[int, str, int, int, float], None]  # stage, step, block, num_blocks, fraction of the stage
 Report = dict[str, Any]
+Placed = tuple[str, StageOptions]  # a stage, and where it is in the recipe
 
 _CODES = "codes"  # the folder with codes of a checkpoint that training begins with
 
@@ -82,16 +83,17 @@ class Preparation:
             UserError: the model cannot become what a stage asks for.
         """
         teacher = skeleton
-        for first, stages in _runs(self._recipe.early_stages):
+        early = [(self._recipe.param(index), stage) for index, stage in enumerate(self._recipe.early_stages)]
+        for first, stages in _runs(early):
             journal = self._journal.inner(stage_name(first))
-            is_whole = skeleton is teacher
-            if isinstance(stages[0], VocabularyPruning) and not is_whole:
+            is_whole, [_, stage] = skeleton is teacher, stages[0]
+            if isinstance(stage, VocabularyPruning) and not is_whole:
                 # A student can learn of tokens that it has alone, and reads text by them.
                 teacher, _ = self._change(teacher, teacher, stages, first, journal)
             skeleton, reports = self._change(skeleton, teacher, stages, first, journal)
             # What learned its task before anything was taken from it is what a student learns from.
-            takes_nothing = isinstance(stages[0], TrainingOptions) and not isinstance(stages[0], SparsityOptions)
-            if is_whole and (takes_nothing or isinstance(stages[0], VocabularyPruning)):
+            takes_nothing = isinstance(stage, TrainingOptions) and not isinstance(stage, SparsityOptions)
+            if is_whole and (takes_nothing or isinstance(stage, VocabularyPruning)):
                 teacher = skeleton
             for index, report in enumerate(reports, first):
                 self.reports.append(report)
@@ -107,6 +109,7 @@ class Preparation:
         self, skeleton: Skeleton, teacher: Skeleton, stage: QuantizationAwareFineTuning, index: int
     ) -> tuple[Skeleton, dict[str, Any]]:
         journal = self._journal.inner(stage_name(index))
+        param = self._recipe.param(index)
         first_codes: Path | None = None
         if stage.initialization == "gptq":
             beginning = journal.inner("beginning")
@@ -114,29 +117,29 @@ class Preparation:
             if not journal.is_whole(CHECKPOINT):
                 names = ("scheme", "group_size", "symmetric", "ignore")
                 gptq = GPTQ.model_validate({name: getattr(stage, name) for name in names})
-                self._compress_layers(skeleton, [gptq], index, beginning, keeps_codes=True)
-        return self._train(skeleton, teacher, stage, index, journal, first_codes)
+                self._compress_layers(skeleton, [(param, gptq)], index, beginning, keeps_codes=True)
+        return self._train(skeleton, teacher, stage, param, index, journal, first_codes)
 
     def _change(
-        self, skeleton: Skeleton, teacher: Skeleton, stages: Sequence[StageOptions], index: int, journal: Journal
+        self, skeleton: Skeleton, teacher: Skeleton, stages: Sequence[Placed], index: int, journal: Journal
     ) -> tuple[Skeleton, list[Report]]:
-        """The model after one run of stages, the first of which is ``index`` in its recipe, and their reports."""
-        stage = stages[0]
+        """The model after one run of stages, the first of which is in stage ``index`` of the recipe; their reports."""
+        param, stage = stages[0]
         if isinstance(stage, LayerOptions):
             skeleton, reports = self._compress_layers(skeleton, stages, index, journal)
-            self.keeps_zeros |= any(isinstance(each, SparsityOptions) for each in stages)
+            self.keeps_zeros |= any(isinstance(each, SparsityOptions) for _, each in stages)
             return skeleton, reports
         if isinstance(stage, Iterate):
-            skeleton, report = self._iterate(skeleton, teacher, stage, index, journal)
+            skeleton, report = self._iterate(skeleton, teacher, stage, param, index, journal)
             return skeleton, [report]
         if isinstance(stage, StructureOptions):
             shaping = Shaping(
-                skeleton, index, self._texts, journal, self._waiting_bytes, partial(self._progress, index)
+                skeleton, param, self._texts, journal, self._waiting_bytes, partial(self._progress, index)
             )
             skeleton, metrics = reshape(shaping, stage)
         else:
             assert isinstance(stage, TrainingOptions)
-            skeleton, told = self._train(skeleton, teacher, stage, index, journal)
+            skeleton, told = self._train(skeleton, teacher, stage, param, index, journal)
             self.keeps_zeros |= isinstance(stage, SparsityOptions)
             return skeleton, [{"technique": stage.technique, **told}]
         return skeleton, [_report(stage, metrics)]
@@ -146,13 +149,14 @@ class Preparation:
         skeleton: Skeleton,
         teacher: Skeleton,
         stage: TrainingOptions,
+        param: str,
         index: int,
         journal: Journal,
         first_codes: Path | None = None,
     ) -> tuple[Skeleton, dict[str, Any]]:
         training = TrainingStage(
             stage,
-            index,
+            param,
             self._recipe,
             skeleton,
             teacher,
@@ -171,7 +175,7 @@ class Preparation:
     def _compress_layers(
         self,
         skeleton: Skeleton,
-        stages: Sequence[StageOptions],
+        stages: Sequence[Placed],
         index: int,
         journal: Journal,
         *,
@@ -181,7 +185,7 @@ class Preparation:
 
         With ``keeps_codes`` what stands for quantized layers lies in a folder of it, whether or not they changed.
         """
-        recipe = self._recipe.with_stages(stages, index)
+        recipe = self._recipe.with_stages(stages)
         recipe = recipe.model_copy(update={"output": Output(format="safetensors")})
         last = index + len(stages) - 1
         codes_too = Parts(journal.folder / _CODES) if keeps_codes else None
@@ -215,22 +219,22 @@ class Preparation:
         return opened_again(journal.folder / CHECKPOINT, skeleton), reports
 
     @staticmethod
-    def _first_left(parts: Sequence[tuple[int, str, list[StageOptions]]], journal: Journal) -> int:
+    def _first_left(parts: Sequence[tuple[int, str, list[Placed]]], journal: Journal) -> int:
         """Which part of the rounds comes after the last that has left its model, whole."""
         for done in range(len(parts), 0, -1):
             _, name, inner = parts[done - 1]
             is_there = journal.has(f"reports-{done - 1:03d}") and (journal.folder / name).exists()
-            if is_there and isinstance(inner[0], TrainingOptions) and journal.inner(name).is_whole(CHECKPOINT):
+            if is_there and isinstance(inner[0][1], TrainingOptions) and journal.inner(name).is_whole(CHECKPOINT):
                 return done
         return 0
 
     def _iterate(
-        self, skeleton: Skeleton, teacher: Skeleton, stage: Iterate, index: int, journal: Journal
+        self, skeleton: Skeleton, teacher: Skeleton, stage: Iterate, param: str, index: int, journal: Journal
     ) -> tuple[Skeleton, Report]:
         """Run the rounds; a round's models are removed when the next one has its own."""
         rounds: list[list[Report]] = []
         own_progress = self._progress
-        parts = [part for number in range(len(stage.fractions)) for part in _inner_runs(stage, number)]
+        parts = [part for number in range(len(stage.fractions)) for part in _inner_runs(stage, param, number)]
         first = self._first_left(parts, journal)
         if first:
             skeleton = opened_again(journal.inner(parts[first - 1][1]).folder / CHECKPOINT, skeleton)
@@ -247,7 +251,7 @@ class Preparation:
             if done >= first:
                 skeleton, reports = self._change(skeleton, teacher, inner, index, journal.inner(name))
             reports = journal.once(f"reports-{done:03d}", partial(list, reports))
-            if isinstance(inner[0], TrainingOptions):  # all that came before is in its model
+            if isinstance(inner[0][1], TrainingOptions):  # all that came before is in its model
                 for _, earlier, _ in parts[:done]:
                     shutil.rmtree(journal.folder / earlier, ignore_errors=True)
             if number == len(rounds):
@@ -265,17 +269,18 @@ class Preparation:
         return skeleton, {**last, "technique": stage.technique, "metrics": metrics}
 
 
-def _runs(stages: Sequence[StageOptions]) -> list[tuple[int, list[StageOptions]]]:
+def _runs(stages: Sequence[Placed]) -> list[tuple[int, list[Placed]]]:
     """Neighbours that compress layers together, all others alone; each run with the index of its first stage."""
     numbered = enumerate(stages)
-    runs = groupby(numbered, lambda each: -1 if isinstance(each[1], LayerOptions) else each[0])
+    runs = groupby(numbered, lambda each: -1 if isinstance(each[1][1], LayerOptions) else each[0])
     found = [list(run) for _, run in runs]
     return [(run[0][0], [stage for _, stage in run]) for run in found]
 
 
-def _inner_runs(stage: Iterate, number: int) -> list[tuple[int, str, list[StageOptions]]]:
+def _inner_runs(stage: Iterate, param: str, number: int) -> list[tuple[int, str, list[Placed]]]:
     """Of a round: its number, and the name of each of its parts with its stages."""
-    return [(number, f"round-{number:02d}-{first}", stages) for first, stages in _runs(stage.round(number))]
+    inner = [(f"{param}.stages[{index}]", each) for index, each in stage.round(number)]
+    return [(number, f"round-{number:02d}-{first}", stages) for first, stages in _runs(inner)]
 
 
 def _report(stage: StageOptions, metrics: dict[str, Any]) -> Report:

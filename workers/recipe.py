@@ -11,7 +11,16 @@ from pydantic import (
     model_validator,
 )
 
-from workers.recipe_parts import Calibration, Evaluation, Output, Part, Training, at_most
+from workers.recipe_parts import (
+    BUILTIN_DATASET,
+    Calibration,
+    Dataset,
+    Evaluation,
+    Output,
+    Part,
+    Training,
+    at_most,
+)
 from workers.recipe_rules import check_stages, check_training, packings_of
 from workers.techniques import (
     TECHNIQUES,
@@ -24,9 +33,13 @@ from workers.techniques import (
     Stage,
     StageOptions,
     TrainingOptions,
+    placed,
 )
 from workers.techniques.options import Statistic
 from workers.techniques.schemes import ActivationGrid, SchemeFacts
+
+# Of text that nobody asked to be measured on.
+_MOST_TOKENS_APART = 4_096
 
 
 class Recipe(Part):
@@ -40,7 +53,7 @@ class Recipe(Part):
     output: Output = Output()
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] = 0
 
-    _first_stage: int = PrivateAttr(0)  # of a part of a recipe: where it begins
+    _params: list[str] = PrivateAttr(default_factory=list)  # of a part of a recipe: where its stages are
 
     @model_validator(mode="before")
     @classmethod
@@ -90,23 +103,22 @@ class Recipe(Part):
 
     def part(self, first: int, end: int) -> Recipe:
         """The recipe of some of the stages alone."""
-        return self.with_stages(self.stages[first:end], first)
+        return self.with_stages([(self.param(index), self.stages[index]) for index in range(first, end)])
 
-    def with_stages(self, stages: Sequence[StageOptions], first: int) -> Recipe:
-        """The recipe with other stages, in place of those from ``first`` on."""
-        part = self.model_copy(update={"stages": list(stages)})
-        part._first_stage = first
+    def with_stages(self, stages: Sequence[tuple[str, StageOptions]]) -> Recipe:
+        """The recipe with these stages alone, each with where it is in the whole recipe."""
+        part = self.model_copy(update={"stages": [stage for _, stage in stages]})
+        part._params = [param for param, _ in stages]
         return part
 
     def param(self, index: int) -> str:
         """Where a stage is in the whole recipe, for errors."""
-        return f"recipe.stages[{self._first_stage + index}]"
+        return self._params[index] if self._params else f"recipe.stages[{index}]"
 
     @property
     def training_stages(self) -> list[TrainingOptions]:
         """The stages that train, contained ones too."""
-        contained = [inner for stage in self.stages if isinstance(stage, Iterate) for inner in stage.training]
-        return [stage for stage in self.stages if isinstance(stage, TrainingOptions)] + contained
+        return [stage for _, stage in placed(self.stages) if isinstance(stage, TrainingOptions)]
 
     @property
     def reads_training_text(self) -> bool:
@@ -175,9 +187,32 @@ class Recipe(Part):
     @property
     def plan_share(self) -> float:
         """What part of the time goes into a plan of how to treat each layer; 0 where there is none."""
-        contained = [stage.pruning for stage in self.stages if isinstance(stage, Iterate)]
-        planning = [stage for stage in (*self.stages, *contained) if isinstance(stage, LayerOptions)]
+        planning = [stage for _, stage in placed(self.stages) if isinstance(stage, LayerOptions)]
         return max((stage.plan_share for stage in planning), default=0.0)
+
+    @property
+    def evaluation_apart(self) -> Evaluation | None:
+        """What a causal language model is measured on apart from `evaluation`: text of the other kind.
+
+        General text where the evaluation is on the user's own; where that is on general text, the user's own that
+        stages read, unless `allow_overlap` has them read all of it. None where the job has no text of the other kind.
+        """
+        dataset: Dataset = BUILTIN_DATASET
+        text_field = "text"
+        if self.evaluation.is_general:
+            parts: list[Training | Calibration] = [self.calibration] if self.needs_calibration else []
+            if self.training is not None and self.reads_training_text:
+                parts.insert(0, self.training)
+            own = next((part for part in parts if part.dataset != BUILTIN_DATASET), None)
+            if own is None or self.evaluation.allow_overlap:
+                return None
+            dataset, text_field = own.dataset, own.text_field
+        return Evaluation(
+            dataset=dataset,
+            text_field=text_field,
+            num_tokens=min(self.evaluation.num_tokens, _MOST_TOKENS_APART),
+            max_seq_length=self.evaluation.max_seq_length,
+        )
 
     @property
     def stores_codes(self) -> bool:

@@ -138,6 +138,11 @@ class Evaluation(Part):
     def _names_a_field(cls, value: str | None, info: ValidationInfo) -> str | None:
         return _checked_label_field(value, info)
 
+    @property
+    def is_general(self) -> bool:
+        """Whether it is the text that comes with Attar, and not the user's own."""
+        return self.dataset == BUILTIN_DATASET
+
 
 class Output(Part):
     """The form of the artifact. A null format is chosen by the stages."""

@@ -12,12 +12,11 @@ from workers.techniques import (
     LayerOptions,
     MixedPrecision,
     QuantizationOptions,
-    SlidingWindow,
     SparsityOptions,
     Stage,
     StructureOptions,
     TrainingOptions,
-    VocabularyPruning,
+    placed,
 )
 from workers.techniques.schemes import PACKED_BITS, SchemeFacts
 
@@ -71,8 +70,7 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
             "output.format",
             f"{output.format} stores quantized layers and no stage quantizes; use safetensors",
         )
-    contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in stages]
-    if output.format == "sparse-bitmask" and not any(isinstance(stage, SparsityOptions) for stage in contained):
+    if output.format == "sparse-bitmask" and not any(isinstance(stage, SparsityOptions) for _, stage in placed(stages)):
         raise RecipeError(
             "output_format_impossible",
             "output.format",
@@ -103,32 +101,26 @@ def _check_order(stages: Sequence[Stage]) -> None:
             )
         if first is None and isinstance(stage, LayerOptions | SparsityOptions | Iterate):
             first = index
-    techniques = [type(stage) for stage in stages]
-    if SlidingWindow in techniques and VocabularyPruning in techniques:
-        raise RecipeError(
-            "stages_conflict",
-            f"stages[{techniques.index(VocabularyPruning)}].technique",
-            "contexts are not measured across two tokenizers; give sliding_window and vocabulary_pruning a job each",
-        )
 
 
 def check_training(stages: Sequence[Stage], training: Training | None) -> None:
     """Raise RecipeError ``training_missing`` where a stage trains and the recipe names no text for it."""
-    for index, stage in enumerate(stages):
-        inner = stage.training if isinstance(stage, Iterate) else [stage] if isinstance(stage, TrainingOptions) else []
-        if training is None and any(getattr(each, "synthetic", None) is None for each in inner):
+    for param, stage in placed(stages):
+        is_read = isinstance(stage, TrainingOptions) and getattr(stage, "synthetic", None) is None
+        if training is None and is_read:
             raise RecipeError(
                 "training_missing",
                 "training",
-                f"stages[{index}] trains and needs text; name a dataset"
+                f"{param.removeprefix('recipe.')} trains and needs text; name a dataset"
                 + (", or set synthetic" if isinstance(stage, DistillationOptions) else ""),
             )
 
 
 def _check_sparsities(stages: Sequence[Stage]) -> None:
     """Raise RecipeError ``stages_conflict`` where a pruning stage asks for no more zeros than that before it leaves."""
-    pruning = [(index, stage) for index, stage in enumerate(stages) if isinstance(stage, SparsityOptions)]
-    for (before, earlier), (index, later) in pairwise(pruning):
+    places = ((param.removeprefix("recipe."), stage) for param, stage in placed(stages))
+    pruning = [(place, stage) for place, stage in places if isinstance(stage, SparsityOptions)]
+    for (before, earlier), (place, later) in pairwise(pruning):
         assert earlier.sparsity is not None
         assert later.sparsity is not None
         if (
@@ -139,8 +131,8 @@ def _check_sparsities(stages: Sequence[Stage]) -> None:
         ):
             raise RecipeError(
                 "stages_conflict",
-                f"stages[{index}].sparsity",
-                f"stages[{before}] leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
+                f"{place}.sparsity",
+                f"{before} leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
             )
 
 

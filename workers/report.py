@@ -9,6 +9,7 @@ from typing import Any
 from workers.architectures import Task
 from workers.evaluation.speed import Speed
 from workers.formats.opening import Readable
+from workers.recipe_parts import Evaluation
 
 REPORT_VERSION = 1
 # What is estimated, each with its standard error; null where a task or its data has no such thing.
@@ -31,14 +32,14 @@ def speed_part(opened: Mapping[str, Readable], speeds: Mapping[str, Speed]) -> d
     }
 
 
-def quality_part(measured: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``quality`` part: what was measured, and null for what was not. An error that is not known is null too."""
+def quality_part(measured: Mapping[str, Any], text: Evaluation) -> dict[str, Any]:
+    """The ``quality`` part: what was measured on ``text``, and null for what was not, as for an error not known."""
     names = [name for estimate in _ESTIMATES for name in (estimate, f"{estimate}_standard_error")]
     known = {
         name: None if name.endswith("_standard_error") and math.isnan(value) else value
         for name, value in measured.items()
     }
-    return {**dict.fromkeys(names), **known}
+    return {"text": "general" if text.is_general else "task", **dict.fromkeys(names), **known}
 
 
 def check_constraints(

@@ -23,7 +23,7 @@ from workers.engine.text import (
 )
 from workers.evaluation.speed import check_prompt
 from workers.recipe import Recipe
-from workers.sources.texts import CHARACTERS_A_TOKEN
+from workers.sources.text_file import CHARACTERS_A_TOKEN
 from workers.sources.tokenizer_file import tokenizer_failures
 
 # Tokens whose logits the artifact has to give again, and in how many sequences an encoder reads them.

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
+from workers.sources.division import is_one_source
 from workers.sources.labels import has_labels
-from workers.sources.texts import is_one_source
-from workers.techniques import DistillationOptions, FineTuning, Iterate, TrainingOptions
+from workers.techniques import DistillationOptions, FineTuning, TrainingOptions, placed
 
 
 def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
@@ -30,7 +30,9 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
             hint="Name one field, or give evaluation a text of its own.",
         )
     task = architecture_of(config).task
-    for param, stage in with_places(recipe):
+    for param, stage in placed(recipe.stages):
+        if not isinstance(stage, TrainingOptions):
+            continue
         if task == "masked":
             raise UserError(
                 "unsupported_task",
@@ -61,14 +63,3 @@ def check_training(recipe: Recipe, config: Mapping[str, Any]) -> None:
                 hint="Name the field of a row that holds its class, or send labels beside inline texts; or distil with "
                 "alpha 0, which has no hard targets.",
             )
-
-
-def with_places(recipe: Recipe) -> Iterator[tuple[str, TrainingOptions]]:
-    """The stages that train, contained ones too, and where they are."""
-    for index, stage in enumerate(recipe.stages):
-        if isinstance(stage, TrainingOptions):
-            yield f"recipe.stages[{index}]", stage
-        elif isinstance(stage, Iterate):
-            for number, inner in enumerate(stage.stages):
-                if isinstance(inner, TrainingOptions):
-                    yield f"recipe.stages[{index}].stages[{number}]", inner

@@ -38,6 +38,7 @@ def _measurements(report: Mapping[str, Any]) -> Table:
         column.justify = "right"
     _add_size(table, report.get("size") or {})
     _add_quality(table, report.get("quality") or {}, str(report.get("task")))
+    _add_apart(table, report.get("quality_apart") or {})
     speed = report.get("speed") or {}
     before, after = speed.get("original") or {}, speed.get("artifact") or {}
     for name, key, digits in (
@@ -77,13 +78,7 @@ def _add_quality(table: Table, quality: Mapping[str, Any], task: str) -> None:
                 _with_error(quality.get(f"{key}_difference"), quality.get(f"{key}_difference_standard_error"), 4),
             )
     if quality.get("perplexity") is not None:
-        ratio = quality.get("perplexity_ratio")
-        table.add_row(
-            f"perplexity ({number(quality.get('num_tokens'), 0)} {'masked ' if task == 'masked' else ''}tokens)",
-            _with_error(quality.get("original_perplexity"), quality.get("original_perplexity_standard_error"), 2),
-            _with_error(quality["perplexity"], quality.get("perplexity_standard_error"), 2),
-            f"× {number(ratio, 3)}" if ratio is not None else "",
-        )
+        _add_perplexity(table, quality, "masked tokens" if task == "masked" else "tokens")
     if quality.get("num_retokenized"):
         table.add_row("tokens that the result writes with others", "", number(quality["num_retokenized"], 0), "")
     if quality.get("kl_divergence") is not None:
@@ -92,6 +87,23 @@ def _add_quality(table: Table, quality: Mapping[str, Any], task: str) -> None:
     if quality.get("top1_agreement") is not None:
         what = _AGREED.get(task, "choice")
         table.add_row(f"same {what} as the original", "", f"{100 * quality['top1_agreement']:.1f} %", "")
+
+
+def _add_apart(table: Table, quality: Mapping[str, Any]) -> None:
+    """Perplexity on text of the other kind than the evaluation's, where the job has it."""
+    if quality.get("perplexity") is not None:
+        kind = "general text" if quality.get("text") == "general" else "your own text"
+        _add_perplexity(table, quality, f"tokens of {kind}")
+
+
+def _add_perplexity(table: Table, quality: Mapping[str, Any], tokens: str) -> None:
+    ratio = quality.get("perplexity_ratio")
+    table.add_row(
+        f"perplexity ({number(quality.get('num_tokens'), 0)} {tokens})",
+        _with_error(quality.get("original_perplexity"), quality.get("original_perplexity_standard_error"), 2),
+        _with_error(quality["perplexity"], quality.get("perplexity_standard_error"), 2),
+        f"× {number(ratio, 3)}" if ratio is not None else "",
+    )
 
 
 def _with_error(value: float | None, error: float | None, digits: int) -> str:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from app.artifacts import service as artifacts
 from app.database import Database
 from app.errors import of_job_error
@@ -14,7 +12,7 @@ from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
 from workers.errors import JobError, UserError
 from workers.recipe import Recipe
-from workers.recipe_parts import BUILTIN_DATASET, Calibration, Evaluation
+from workers.recipe_parts import Calibration
 from workers.shapes import facts_after
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.classifier_head import class_names, makes_classifier
@@ -22,9 +20,8 @@ from workers.sources.datasets import MAX_CHECKED_LINES, check_dataset
 from workers.sources.facts import ModelFacts
 from workers.sources.identifiers import JobId, parse_model_id
 from workers.sources.inspection import inspect_model
-from workers.sources.labels import has_labels, labels_of
-from workers.sources.texts import is_one_source
-from workers.techniques import QuantizationOptions, SparsityOptions
+from workers.sources.labels import labels_of
+from workers.techniques import QuantizationOptions, SparsityOptions, placed
 from workers.techniques.schemes import group_size_fits
 from workers.training_rules import check_training
 
@@ -133,86 +130,15 @@ def check_mask_structure(recipe: Recipe, facts: ModelFacts) -> None:
 
     Raises UserError ``mask_structure_fits_no_layer``.
     """
-    for index, stage in enumerate(recipe.stages):
+    for param, stage in placed(recipe.stages):
         pattern = stage.pattern if isinstance(stage, SparsityOptions) else None
         if pattern is not None and not any(width % pattern[1] == 0 for width in facts.linear_in_features):
             raise UserError(
                 "mask_structure_fits_no_layer",
                 f"{pattern[1]} columns divide no linear layer: their inputs have {_listed(facts.linear_in_features)}.",
-                param=f"recipe.stages[{index}].mask_structure",
+                param=f"{param}.mask_structure",
                 hint="Use 2:4, or unstructured.",
             )
-
-
-def warnings_of(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, Any]]:
-    """What the submission says that will have no effect, or another than it may seem."""
-    warnings = _warnings_of_task(submission, facts)
-    quantization = submission.recipe.quantization
-    if quantization is not None and not submission.recipe.stores_codes and submission.recipe.cast is None:
-        warnings.append(
-            {
-                "code": "stored_in_full",
-                "message": f"The {quantization.scheme} values are stored at the model's own width: the result is no "
-                "smaller on disk. The report states their packed size.",
-                "param": "recipe.output.format",
-            }
-        )
-    is_pruned = any(isinstance(stage, SparsityOptions) for stage in submission.recipe.stages)
-    if quantization is None and is_pruned and submission.recipe.output.format == "safetensors":
-        warnings.append(
-            {
-                "code": "stored_in_full",
-                "message": "Zeros are stored like all other values: the result is no smaller on disk. sparse-bitmask "
-                "stores a bit for every weight, and the values that are left.",
-                "param": "recipe.output.format",
-            }
-        )
-    calibration, evaluation = submission.recipe.calibration, submission.recipe.evaluation
-    if (
-        submission.recipe.needs_calibration
-        and evaluation.dataset != BUILTIN_DATASET
-        and is_one_source(calibration, evaluation)
-        and not evaluation.allow_overlap
-    ):
-        warnings.append(
-            {
-                "code": "text_divided",
-                "message": "Calibration and evaluation name one text: every third document of it (of fewer than three, "
-                "the last third) is kept for evaluation alone.",
-                "param": "recipe.evaluation.dataset",
-            }
-        )
-    if submission.recipe.training is not None and not submission.recipe.reads_training_text:
-        warnings.append(
-            {
-                "code": "training_not_applicable",
-                "message": "No stage of the recipe trains on it: the training data is not used.",
-                "param": "recipe.training",
-            }
-        )
-    return warnings
-
-
-def _warnings_of_task(submission: JobSubmission, facts: ModelFacts) -> list[dict[str, Any]]:
-    """What a model of this task does not do, or is not measured by."""
-    task, evaluation = architecture_of(facts.config).task, submission.recipe.evaluation
-    has_accuracy = labels_of(evaluation, facts.config) is not None
-    said = []
-    if submission.constraints.min_accuracy is not None and not has_accuracy:
-        reason = "its data has no labels" if task == "classification" else "the model is no classifier"
-        message = f"The evaluation measures no accuracy, because {reason}: min_accuracy is not checked."
-        said.append(("constraint_not_applicable", message, "constraints.min_accuracy"))
-    if submission.constraints.max_perplexity_ratio is not None and task == "classification":
-        message = "A classifier has no perplexity: max_perplexity_ratio is not checked."
-        said.append(("constraint_not_applicable", message, "constraints.max_perplexity_ratio"))
-    if has_labels(evaluation) and not has_accuracy:
-        field = "label_field" if evaluation.label_field is not None else "dataset.labels"
-        message = "The model is no classifier: the labels of the evaluation text are not used."
-        said.append(("labels_not_applicable", message, f"recipe.evaluation.{field}"))
-    if task != "causal" and evaluation.prompt != Evaluation().prompt:
-        message = "An encoder does not go on with a prompt: it is not used."
-        said.append(("prompt_not_applicable", message, "recipe.evaluation.prompt"))
-    return [{"code": code, "message": message, "param": param} for code, message, param in said]
 
 
 def _artifact_of(model_id: str, tenant_id: str, database: Database, storage: Storage) -> ArtifactFacts | None:

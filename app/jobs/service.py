@@ -20,6 +20,7 @@ from app.jobs import preflight, repository
 from app.jobs.models import JOB_ID, Job
 from app.jobs.repository import ShownJob
 from app.jobs.schemas import JobSubmission
+from app.jobs.warnings import warnings_of
 from app.settings import Settings
 from app.storage import Storage
 from workers.sources.facts import ModelFacts
@@ -68,7 +69,7 @@ class JobService:
             database=self._database,
             storage=self._storage,
         )
-        job = new_job(tenant_id, submission, facts, self._settings.queue)
+        job = new_job(tenant_id, submission, facts, self._settings)
         job_id, queue_name = job.id, job.queue
         has_worker = queue.has_worker(queue_name)
         if has_worker is False:
@@ -129,7 +130,7 @@ def cancel(session: Session, tenant_id: str, job_id: str) -> ShownJob:
     return get(session, tenant_id, job_id)
 
 
-def new_job(tenant_id: str, submission: JobSubmission, facts: ModelFacts, default_queue: str) -> Job:
+def new_job(tenant_id: str, submission: JobSubmission, facts: ModelFacts, settings: Settings) -> Job:
     """The row of a job that is about to be queued."""
     recipe = submission.recipe.model_dump(mode="json")
     shown_recipe = _abridged(recipe)
@@ -143,11 +144,11 @@ def new_job(tenant_id: str, submission: JobSubmission, facts: ModelFacts, defaul
         shown_recipe=None if shown_recipe == recipe else shown_recipe,
         recipe_version=submission.recipe.version,
         constraints=submission.constraints.model_dump(mode="json", exclude_none=True),
-        queue=submission.queue or default_queue,
+        queue=submission.queue or settings.queue,
         priority=submission.priority,
         timeout_seconds=submission.timeout_seconds,
         metadata_=submission.metadata,
-        warnings=preflight.warnings_of(submission, facts),
+        warnings=warnings_of(submission, facts, settings.memory_limit_bytes),
         stages=[
             {"index": index, "technique": stage.technique, "status": "pending", "metrics": {}}
             for index, stage in enumerate(submission.recipe.stages)

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from app.jobs.schemas import JobSubmission
-from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
-from workers.shapes import config_after
-from workers.shapes.width import widths_of
+from workers.shapes.parameters import fewest_parameters
 from workers.sources.facts import ModelFacts
-from workers.techniques import MixedPrecision, TieEmbeddings, VocabularyPruning
+from workers.techniques import MixedPrecision
 
 
 def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
@@ -57,42 +52,12 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
 
     Values that are stored in full keep the source's type, of two bytes or more.
     """
-    stage, config = recipe.quantization, config_after(recipe.stages, facts.config)
-    num_embeddings, num_others = _parts_left(recipe, facts, config)
-    num_parameters = num_embeddings + int(num_others * _part_of_weights_left(facts.config, config))
+    stage = recipe.quantization
+    num_embeddings, num_others = fewest_parameters(recipe.stages, facts)
+    num_parameters = num_embeddings + num_others
     if stage is None or not recipe.stores_codes:
         is_dense = recipe.cast is None and "quantization_config" not in facts.config and not recipe.early_stages
         return max(2 * num_parameters, facts.parameter_bytes if is_dense else 0)
     num_bits = stage.widths[0] if isinstance(stage, MixedPrecision) else stage.facts.num_bits
     kept = 0 if stage.embeddings else num_embeddings
     return 2 * kept + (num_parameters - kept) * num_bits // 8
-
-
-def _num_embedding_weights(config: Mapping[str, Any]) -> int:
-    """Of the token embedding."""
-    return int(config["vocab_size"] * config[architecture_of(config).size("embedding_size")])
-
-
-def _parts_left(recipe: Recipe, facts: ModelFacts, after: Mapping[str, Any]) -> tuple[int, int]:
-    """Values of the embedding, and of all else with every block, that stages are sure to leave; ``after`` them."""
-    before = facts.config
-    architecture, matrix = architecture_of(before), _num_embedding_weights(before)
-    head = 0 if architecture.task == "classification" or architecture.is_tied(before) else matrix
-    num_others = facts.num_parameters - matrix
-    techniques = set(map(type, recipe.stages))
-    if VocabularyPruning in techniques:  # how many tokens stay, the text decides
-        bias = before["vocab_size"] if architecture.task == "masked" else 0
-        return 0, num_others - head - bias
-    return _num_embedding_weights(after), num_others - (head if TieEmbeddings in techniques else 0)
-
-
-def _part_of_weights_left(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
-    """Of the weights outside the embedding, at least: those of the blocks, or of what is as wide and high as channels.
-
-    1 where no stage changes the shape.
-    """
-    architecture = architecture_of(before)
-    num_blocks, widths = architecture.size("num_hidden_layers"), (widths_of(before), widths_of(after))
-    in_block = widths[1].num_block_weights(architecture) / widths[0].num_block_weights(architecture)
-    channels = (widths[1].hidden_size / widths[0].hidden_size) ** 2
-    return float(after[num_blocks] / before[num_blocks] * min(in_block, channels))

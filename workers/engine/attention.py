@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from workers.disk import write_json
-from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint import GENERATION_SETTINGS, Checkpoint
 from workers.engine.shaping import Shaping
 from workers.engine.text import tokenize
 from workers.errors import UserError
@@ -27,7 +27,7 @@ def narrow_attention(shaping: Shaping, stage: SlidingWindow) -> tuple[Checkpoint
         UserError: as :func:`config_of_a_window` says, or ``invalid_tokenizer``.
     """
     before = shaping.skeleton.checkpoint
-    config = config_of_a_window(stage, shaping.index, before.config)
+    config = config_of_a_window(stage, shaping.param, before.config)
     windows = windows_of(config)
     metrics = {
         "window": stage.window,
@@ -43,7 +43,7 @@ def narrow_attention(shaping: Shaping, stage: SlidingWindow) -> tuple[Checkpoint
 
 
 def _write_tokenizer(shaping: Shaping, config: Mapping[str, Any]) -> Path:
-    """A folder with the tokenizer as it works now, whole.
+    """A folder with the tokenizer as it works now, whole, and what an earlier stage left beside it.
 
     transformers chooses a tokenizer's class by the type of model in the config.json beside it, and Llama's class does
     more than its files say: under another type the same files would read text differently.
@@ -56,6 +56,9 @@ def _write_tokenizer(shaping: Shaping, config: Mapping[str, Any]) -> Path:
     folder.mkdir(parents=True)
     tokenizer.save_pretrained(folder)
     write_json(folder / "config.json", config)
+    settings = shaping.skeleton.checkpoint.tokenizer_folder / GENERATION_SETTINGS
+    if settings.exists():  # with the ids of this tokenizer, which the source's may not have
+        shutil.copyfile(settings, folder / GENERATION_SETTINGS)
     with tokenizer_failures("invalid_tokenizer", "The tokenizer cannot be opened again"):
         written: Any = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     param = "recipe.evaluation.dataset"

@@ -21,7 +21,7 @@ from workers.errors import UserError
 # Looked at for NaN and infinity at a time: an embedding may be as large as all the rest that is in memory.
 _VALUES_AT_A_TIME = 1 << 20
 
-
+GENERATION_SETTINGS = "generation_config.json"
 CODES = "codes.safetensors.part"  # beside the weights, of layers that were trained as codes; no loader's business
 
 

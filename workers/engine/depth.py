@@ -56,7 +56,7 @@ def leave_out_blocks(shaping: Shaping, stage: DepthPruning) -> tuple[Checkpoint,
         UserError: as :func:`config_of_fewer_blocks` says, or ``non_finite_activations``.
     """
     before, journal = shaping.skeleton, shaping.journal
-    config_of_fewer_blocks(stage, shaping.index, before.checkpoint.config)
+    config_of_fewer_blocks(stage, shaping.param, before.checkpoint.config)
     cut = Cut(**journal.once("cut", lambda: asdict(choose_blocks(shaping, stage, journal.inner("measuring")))))
     shutil.rmtree(journal.folder / "measuring", ignore_errors=True)
     metrics = {

@@ -21,7 +21,7 @@ class Shaping:
     """The model as the stage finds it, the job's texts, and where to keep what was found out."""
 
     skeleton: Skeleton
-    index: int  # of the stage in its recipe
+    param: str  # where the stage is in the recipe, for errors
     texts: Texts
     journal: Journal  # the stage's own: what is decided goes through its `once`
     waiting_bytes: int  # of hidden states may be in memory

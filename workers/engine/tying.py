@@ -24,11 +24,11 @@ def tie_embeddings(shaping: Shaping, stage: TieEmbeddings) -> tuple[Checkpoint, 
     """
     skeleton, checkpoint = shaping.skeleton, shaping.skeleton.checkpoint
     architecture = skeleton.architecture
-    config = config_of_one_matrix(stage, shaping.index, checkpoint.config)
+    config = config_of_one_matrix(stage, shaping.param, checkpoint.config)
     embedding, head = f"{architecture.embedding}.weight", f"{architecture.head}.weight"
     shapes = {name: list(skeleton.model.get_parameter(name).shape) for name in (embedding, head)}
     if shapes[embedding] != shapes[head]:
-        raise _impossible(f"the embedding has the shape {shapes[embedding]} and the head {shapes[head]}", shaping.index)
+        raise _impossible(f"the embedding has the shape {shapes[embedding]} and the head {shapes[head]}", shaping.param)
     tied = architecture.tied_parameters(config)
     stored = set(checkpoint.parameters())
     means = {embedding: {"mean": [embedding, head], "embedding": [embedding], "head": [head]}[stage.keep]}
@@ -36,7 +36,7 @@ def tie_embeddings(shaping: Shaping, stage: TieEmbeddings) -> tuple[Checkpoint, 
     means |= {other: [bias] for bias, other in tied.items() if bias != head and {bias, other} <= stored}
     alone = [bias for bias, other in tied.items() if bias in stored and other not in stored]
     if alone:
-        raise _impossible(f"its head has a bias of its own, {alone[0]}", shaping.index)
+        raise _impossible(f"its head has a bias of its own, {alone[0]}", shaping.param)
     metrics = shaping.journal.once("rows", lambda: {"cosine": _mean_cosine(checkpoint, embedding, head)})
     return checkpoint.with_means(means, config).without(set(tied), config), {"kept": stage.keep, **metrics}
 
@@ -46,10 +46,10 @@ def _mean_cosine(checkpoint: Checkpoint, embedding: str, head: str) -> float:
     return float(cosines.mean())
 
 
-def _impossible(problem: str, index: int) -> UserError:
+def _impossible(problem: str, param: str) -> UserError:
     return UserError(
         "unsupported_architecture",
         f"The model's embedding cannot be its head: {problem}.",
-        param=f"recipe.stages[{index}].technique",
+        param=f"{param}.technique",
         hint="Leave tie_embeddings out.",
     )

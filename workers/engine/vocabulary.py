@@ -15,7 +15,7 @@ import torch
 from transformers import AutoTokenizer
 
 from workers.disk import write_json
-from workers.engine.checkpoint import Checkpoint
+from workers.engine.checkpoint import GENERATION_SETTINGS, Checkpoint
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
 from workers.engine.text import DOCUMENT_SEPARATOR
@@ -26,7 +26,6 @@ from workers.shapes.vocabulary import config_of_fewer_tokens
 from workers.sources.tokenizer_file import TOKENIZER_JSON, tokenizer_failures
 from workers.techniques import VocabularyPruning
 
-GENERATION_SETTINGS = "generation_config.json"
 _DOCUMENTS_AT_A_TIME = 64
 
 
@@ -39,9 +38,9 @@ def leave_out_tokens(shaping: Shaping, stage: VocabularyPruning) -> tuple[Checkp
     """
     skeleton, journal = shaping.skeleton, shaping.journal
     checkpoint = skeleton.checkpoint
-    config_of_fewer_tokens(stage, shaping.index, checkpoint.config)
+    config_of_fewer_tokens(stage, shaping.param, checkpoint.config)
     tokenizer = _open(checkpoint.tokenizer_folder)
-    tokens = _tokens_of(tokenizer, shaping.index)
+    tokens = _tokens_of(tokenizer, shaping.param)
     counts = {int(index): count for index, count in journal.once("counts", lambda: _count(shaping, tokenizer)).items()}
     # Ids that config.json is silent on become other numbers too.
     config = {**checkpoint.config, **_ids_by_default(skeleton)}
@@ -54,7 +53,7 @@ def leave_out_tokens(shaping: Shaping, stage: VocabularyPruning) -> tuple[Checkp
         raise UserError(
             "nothing_changed",
             f"Every one of the model's {num_rows} tokens stays.",
-            param=f"recipe.stages[{shaping.index}]",
+            param=shaping.param,
             hint="Raise min_count or set num_tokens, give calibration text of the task alone, or leave the stage out.",
         )
     new_id_of = {old: new for new, old in enumerate(kept)}
@@ -86,7 +85,7 @@ class _Choice:
         """``named`` are the ids that the model's settings speak of."""
         self._stage = stage
         self._tokens = tokens
-        self._param = f"recipe.stages[{shaping.index}]"
+        self._param = shaping.param
         self._num_rows = int(shaping.skeleton.checkpoint.config["vocab_size"])
         self._name_of = {index: token for token, index in tokens.ids.items()}
         self._always = self._required(shaping.skeleton, named)
@@ -157,7 +156,7 @@ def _open(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
 
 
-def _tokens_of(tokenizer: Any, index: int) -> TokenizerJson:
+def _tokens_of(tokenizer: Any, param: str) -> TokenizerJson:
     """The tokenizer as it is in use: what transformers makes of the files, whichever they are."""
     problem = "it is not one of the tokenizers library"
     try:
@@ -168,7 +167,7 @@ def _tokens_of(tokenizer: Any, index: int) -> TokenizerJson:
     raise UserError(
         "unsupported_tokenizer",
         f"vocabulary_pruning cannot leave tokens out of this tokenizer: {problem}.",
-        param=f"recipe.stages[{index}].technique",
+        param=f"{param}.technique",
         hint="Leave vocabulary_pruning out, or save the model with a BPE, WordPiece, Unigram or WordLevel tokenizer.",
     )
 
@@ -244,20 +243,20 @@ def _compare(shaping: Shaping, tokenizer: Any, new_id_of: Mapping[int, int]) -> 
     pruned, counts = _open(shaping.folder), []
     ids = {token: new_id_of[index] for token, index in tokenizer.get_vocab().items() if index in new_id_of}
     if pruned.get_vocab() != ids:
-        raise _not_reproduced("opened again, it has other tokens than it was to have", shaping.index)
+        raise _not_reproduced("opened again, it has other tokens than it was to have", shaping.param)
     for reading in _readings(shaping):
         counts.append(0)
         for before, after in zip(_encoded(tokenizer, reading()), _encoded(pruned, reading()), strict=True):
             for old, new in zip(before, after, strict=True):
-                counts[-1] += _num_rewritten(old, new, new_id_of, shaping.index)
+                counts[-1] += _num_rewritten(old, new, new_id_of, shaping.param)
     return counts[0]
 
 
-def _num_rewritten(old: Any, new: Any, new_id_of: Mapping[int, int], index: int) -> int:
+def _num_rewritten(old: Any, new: Any, new_id_of: Mapping[int, int], param: str) -> int:
     """How many tokens of one encoding are in words with a token that was left out; all others have to be the same."""
     if all(each in new_id_of for each in old.ids):
         if [new_id_of[each] for each in old.ids] != new.ids:
-            raise _not_reproduced("a text is not read as before", index)
+            raise _not_reproduced("a text is not read as before", param)
         return 0
     found: list[dict[int | None, list[int | None]]] = [{}, {}]
     for encoding, words in zip((old, new), found, strict=True):
@@ -266,14 +265,14 @@ def _num_rewritten(old: Any, new: Any, new_id_of: Mapping[int, int], index: int)
             words.setdefault(word, []).append(each)
     before, after = found
     if any(None not in ids and after.get(word) != ids for word, ids in before.items()):
-        raise _not_reproduced("a word is not read as before", index)
+        raise _not_reproduced("a word is not read as before", param)
     return sum(len(ids) for ids in before.values() if None in ids)
 
 
-def _not_reproduced(problem: str, index: int) -> UserError:
+def _not_reproduced(problem: str, param: str) -> UserError:
     return UserError(
         "tokenizer_not_reproduced",
         f"The tokenizer with fewer tokens is not what it was: {problem}.",
-        param=f"recipe.stages[{index}].technique",
+        param=f"{param}.technique",
         hint="Leave vocabulary_pruning out; what is special about this tokenizer is not known.",
     )

@@ -52,7 +52,7 @@ def leave_out_units(shaping: Shaping, stage: WidthPruning) -> tuple[Checkpoint, 
         UserError: as :func:`config_of_smaller_widths` says, or ``non_finite_activations``.
     """
     skeleton, journal = shaping.skeleton, shaping.journal
-    config = config_of_smaller_widths(stage, shaping.index, skeleton.checkpoint.config)
+    config = config_of_smaller_widths(stage, shaping.param, skeleton.checkpoint.config)
     before, after = widths_of(skeleton.checkpoint.config), widths_of(config)
     kept = Units(**journal.once("units", lambda: asdict(_choose(_importances(shaping, stage, before), before, after))))
     shutil.rmtree(journal.folder / "measuring", ignore_errors=True)

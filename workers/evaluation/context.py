@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from workers.engine.checkpoint import Checkpoint
 from workers.evaluation.estimates import Estimate, perplexity
 from workers.evaluation.locality import block_windows
+from workers.evaluation.pieces import Piece
 from workers.evaluation.quality import check_finite
+from workers.evaluation.retokenized import PairedWindow, paired_contexts
 from workers.formats.opening import Readable
 from workers.recipe import Recipe
 
@@ -25,6 +27,8 @@ _FEWEST_LENGTHS = 3
 _SHORTEST = 4
 # Of what may wait of a text that is read by block, here used inside one: a token has many times as much there.
 _PART_OF_WAITING = 16
+# Token ids that are read, and how many of them, at their end, are scored.
+Context = tuple[Tensor, int]
 
 
 def context_lengths(window: int, longest: int) -> list[int]:
@@ -62,7 +66,8 @@ class Reading:
 
     work: Path
     recipe: Recipe
-    ids: Tensor  # tokens
+    ids: Tensor  # tokens of the original
+    pieces: Sequence[Piece] | None  # the text as two tokenizers write it; None where both have one
     progress: Callable[[float], None]
 
 
@@ -125,14 +130,25 @@ def _measure(
     """Perplexities in contexts of ``length`` tokens, which takes ``share`` of all, from ``begin`` on."""
     limit = reading.recipe.evaluation.max_seq_length
     max_seq_length = min(limit, original.max_positions or limit)
+    most_scored = min(length // 2, max(1, max_seq_length // 2))
+    windows: list[PairedWindow] = []
+    if reading.pieces is None:
+        rows = reading.ids[: reading.ids.numel() // length * length].view(-1, length)
+        sides = [[(row, most_scored) for row in rows]] * 2
+    else:
+        windows = paired_contexts(reading.pieces, reading.ids.numel(), length, most_scored)
+        sides = [[(each.ids, each.positions.numel()) for each in side]
+                 for side in ([each.original for each in windows], [each.artifact for each in windows])]  # fmt: skip
     losses = []
-    for part, model in enumerate((original, artifact)):
+    for part, (model, contexts) in enumerate(zip((original, artifact), sides, strict=True)):
 
         def said(done: float, part: int = part) -> None:
             reading.progress(begin + share * (part + done) / 2)
 
-        losses.append(_losses(model, reading.ids, length, max_seq_length, said))
-    before, after = losses
+        losses.append(_losses(model, contexts, max_seq_length, said))
+    if windows:
+        losses[1] = [each.shared(found) for each, found in zip(windows, losses[1], strict=True)]
+    before, after = map(torch.cat, losses)
     check_finite(before, after)
     estimates = {
         "original_perplexity": perplexity(before),
@@ -141,7 +157,7 @@ def _measure(
         "perplexity_ratio": perplexity(after - before),
     }
     return {
-        "num_windows": reading.ids.numel() // length,
+        "num_windows": len(sides[0]),
         "num_tokens": before.numel(),
         **{name: estimate.value for name, estimate in estimates.items()},
         **{f"{name}_standard_error": _or_none(estimate) for name, estimate in estimates.items()},
@@ -155,24 +171,23 @@ def _or_none(estimate: Estimate) -> float | None:
 
 @torch.inference_mode()
 def _losses(
-    model: Readable, ids: Tensor, length: int, max_seq_length: int, progress: Callable[[float], None]
-) -> Tensor:
-    """−log p (nats, float64) of the tokens at the end of consecutive contexts of ``length`` tokens, in order.
-
-    They are the second half of each context, or as many as there are logits of: each has seen half of it at least.
-    """
-    contexts = ids[: ids.numel() // length * length].view(-1, length)
-    num_scored = min(length // 2, max(1, max_seq_length // 2))
+    model: Readable, contexts: Sequence[Context], max_seq_length: int, progress: Callable[[float], None]
+) -> list[Tensor]:
+    """−log p (nats, float64) of the tokens at the end of each of the contexts, in order."""
     together = max_seq_length
     if model.waiting is not None:  # nothing waits here, and each passage through the model reads it anew
         together = max(together, min(model.waiting.num_tokens, model.waiting.num_logits) // _PART_OF_WAITING)
-    losses = []
+    at_a_time = max(1, together // max(ids.numel() for ids, _ in contexts))
+    losses: list[Tensor] = []
     with model.running() as running:
-        for batch in torch.split(contexts.to(running.device), max(1, together // length)):
-            # The last row of logits is of a token that is not there.
-            logits = running(input_ids=batch, use_cache=False, logits_to_keep=num_scored + 1).logits[:, :-1]
-            targets = batch[:, -num_scored:].flatten()
-            found = nn.functional.cross_entropy(logits.flatten(0, 1).float(), targets, reduction="none")
-            losses.append(found.double().cpu())
-            progress(sum(map(Tensor.numel, losses)) / (len(contexts) * num_scored))
-    return torch.cat(losses)
+        while batch := contexts[len(losses) : len(losses) + at_a_time]:
+            # What fills shorter ones up stands behind them, where no token looks.
+            ids = nn.utils.rnn.pad_sequence([ids for ids, _ in batch], batch_first=True).to(running.device)
+            first = min(each.numel() - num_scored for each, num_scored in batch)
+            logits = running(input_ids=ids, use_cache=False, logits_to_keep=ids.shape[1] - first + 1).logits
+            for (each, num_scored), row in zip(batch, logits, strict=True):
+                rows = row[each.numel() - num_scored - first : each.numel() - first].float()
+                targets = each[-num_scored:].to(rows.device)
+                losses.append(nn.functional.cross_entropy(rows, targets, reduction="none").double().cpu())
+            progress(len(losses) / len(contexts))
+    return losses

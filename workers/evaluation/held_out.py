@@ -12,13 +12,11 @@ from torch import Tensor
 from workers.engine.text import DOCUMENT_SEPARATOR, read_documents, read_labels, sequences, tokenize
 from workers.evaluation.both import Batch
 from workers.evaluation.classes import measure_classes
+from workers.evaluation.pieces import Framed, Pair, Piece, num_retokenized
 from workers.evaluation.quality import masked_windows, measure, windows_of
 from workers.evaluation.retokenized import (
-    Framed,
-    Pair,
     PairedWindow,
     measure_retokenized,
-    num_retokenized,
     paired_masked_windows,
     paired_sequences,
     paired_windows,
@@ -62,6 +60,11 @@ class HeldOut:
         """The text that a causal language model reads here, as one row of token ids."""
         return self._ids
 
+    def pieces(self, artifact: Readable) -> list[Piece] | None:
+        """The same as both tokenizers write it; None where they are one."""
+        pair = Pair(self._original.tokenizer, artifact.tokenizer)
+        return None if pair.is_one else self._pieces(pair)
+
     @property
     def longest(self) -> Tensor:
         """The longest sequence of token ids that an encoder reads here."""
@@ -98,9 +101,12 @@ class HeldOut:
         if self._task == "masked":
             found = paired_sequences(self._framed(pair), self._wanted.num_tokens, self._length)
             return paired_masked_windows(found, pair)
+        return paired_windows(self._pieces(pair), self._wanted.num_tokens, self._length)
+
+    def _pieces(self, pair: Pair) -> list[Piece]:
+        """All of the text, as a causal language model reads it."""
         (framed,) = pair.pieces([DOCUMENT_SEPARATOR.join(read_documents(self._texts))])
-        pieces = [piece for part in framed for piece in part]
-        return paired_windows(pieces, self._wanted.num_tokens, self._length)
+        return [piece for part in framed for piece in part]
 
     def _paired_sequences(self, pair: Pair) -> tuple[list[Batch], int]:
         """Sequences as each tokenizer writes them, and how many of the original's tokens the other does not write."""

@@ -1,42 +1,23 @@
-"""A text that two tokenizers write with different tokens, so that the two models' losses on it compare.
+"""The losses of two models on one text that their tokenizers write with different tokens, so that they compare.
 
-A *piece* is what lies between two neighbouring places where both tokenizers have a border. Where both write it with
-the same tokens, each of these is a piece of its own. Windows are made of whole pieces, so that both models read, and
-are scored on, the same text: what each makes of a piece is the sum over its tokens.
+Windows are made of whole pieces (:mod:`workers.evaluation.pieces`), so that both models read, and are scored on, the
+same text: what each makes of a piece is the sum over its tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import Any
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
 from workers.evaluation.both import logits_of_both
 from workers.evaluation.divergence import kl_divergence
+from workers.evaluation.pieces import Framed, Pair, Piece
 from workers.evaluation.quality import VALUES_AT_A_TIME, TokenMeasures, Window, check_finite, choose_masked, not_empty
 from workers.formats.opening import Readable
-from workers.sources.tokenizer_file import tokenizer_failures
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A part of a text, as the original's tokenizer writes it, and as the artifact's does."""
-
-    ids: tuple[list[int], list[int]]
-    is_same: bool  # one token on both sides
-
-    @property
-    def num_retokenized(self) -> int:
-        """Tokens of the original's tokenizer that the other does not write."""
-        return 0 if self.is_same else len(self.ids[0])
-
-
-# What stands before a text, the text itself, and what stands after it: special tokens around.
-Framed = tuple[list[Piece], list[Piece], list[Piece]]
 
 
 @dataclass(frozen=True)
@@ -50,80 +31,10 @@ class PairedWindow:
     is_same: Tensor  # of each piece that is scored, whether it is one token on both sides
     num_retokenized: int
 
-
-@dataclass(frozen=True)
-class Pair:
-    """The tokenizers of the original and of the artifact, one the other's with fewer tokens."""
-
-    original: Any
-    artifact: Any
-
-    @property
-    def is_one(self) -> bool:
-        """Whether they have the same tokens."""
-        return bool(self.original.get_vocab() == self.artifact.get_vocab())
-
-    def new_id_of(self) -> dict[int, int]:
-        """The artifact's id of each of the original's tokens that it has."""
-        new = self.artifact.get_vocab()
-        return {index: new[token] for token, index in self.original.get_vocab().items() if token in new}
-
-    def pieces(self, texts: Sequence[str]) -> Iterator[Framed]:
-        """Each text with the special tokens around it."""
-        new_id_of = self.new_id_of()
-        with tokenizer_failures("invalid_tokenizer", "The tokenizer failed on the text"):
-            encoded = [
-                tokenizer(list(texts), return_attention_mask=False, verbose=False).encodings
-                for tokenizer in (self.original, self.artifact)
-            ]
-        for before, after in zip(*encoded, strict=True):
-            (begin, body, end), (new_begin, new_body, new_end) = map(_parts, (before, after))
-            around = [_pieces_of(before.ids[old], after.ids[new], new_id_of, [])
-                      for old, new in ((begin, new_begin), (end, new_end))]  # fmt: skip
-            borders = _borders(before.offsets[body], after.offsets[new_body])
-            yield around[0], _pieces_of(before.ids[body], after.ids[new_body], new_id_of, borders), around[1]
-
-
-def _parts(encoding: Any) -> tuple[slice, slice, slice]:
-    """Where the special tokens before the text are, the text, and those after it."""
-    is_special = encoding.special_tokens_mask
-    begin = next((place for place, special in enumerate(is_special) if not special), len(is_special))
-    end = next((place for place in range(len(is_special), begin, -1) if not is_special[place - 1]), begin)
-    return slice(0, begin), slice(begin, end), slice(end, len(is_special))
-
-
-def _borders(before: Sequence[tuple[int, int]], after: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Where both have a border within the text, as numbers of tokens before it; from each token's characters."""
-    old, new = _borders_of(before), _borders_of(after)
-    return [(old[place], new[place]) for place in sorted(old.keys() & new.keys())]
-
-
-def _borders_of(offsets: Sequence[tuple[int, int]]) -> dict[int, int]:
-    """The characters that no token crosses, each with how many tokens end before it: some have no character at all."""
-    ends = list(accumulate((end for _, end in offsets), max))
-    begins = list(accumulate((begin for begin, _ in reversed(offsets)), min))[::-1]
-    found: dict[int, int] = {}
-    for number in range(1, len(offsets)):
-        if ends[number - 1] <= begins[number]:
-            found.setdefault(ends[number - 1], number)
-    return found
-
-
-def _pieces_of(
-    before: Sequence[int], after: Sequence[int], new_id_of: Mapping[int, int], borders: Iterable[tuple[int, int]]
-) -> list[Piece]:
-    """What lies between the borders. A piece has tokens on both sides."""
-    ends = [(0, 0), *borders]
-    while len(ends) > 1 and (ends[-1][0] >= len(before) or ends[-1][1] >= len(after)):
-        ends.pop()
-    found: list[Piece] = []
-    for (old, new), (old_end, new_end) in pairwise([*ends, (len(before), len(after))]):
-        ids, others = list(before[old:old_end]), list(after[new:new_end])
-        if [new_id_of.get(each) for each in ids] == others:
-            found += [Piece(([one], [other]), is_same=True) for one, other in zip(ids, others, strict=True)]
-        else:
-            found.append(Piece((ids, others), is_same=False))
-    return found
+    def shared(self, losses: Tensor) -> Tensor:
+        """Losses of the artifact's tokens, those of each piece shared among the original's tokens of it: float64."""
+        sums = torch.zeros(self.is_same.numel(), dtype=torch.float64).index_add(0, self.of_artifact, losses)
+        return (sums / self.of_original.bincount(minlength=sums.numel()))[self.of_original]
 
 
 def paired_windows(pieces: Sequence[Piece], num_tokens: int, max_seq_length: int) -> list[PairedWindow]:
@@ -134,10 +45,25 @@ def paired_windows(pieces: Sequence[Piece], num_tokens: int, max_seq_length: int
     Raises:
         UserError: ``empty_dataset`` where no window has two pieces, one to read and one to score.
     """
-    left = [piece for piece, end in zip(pieces, accumulate(len(each.ids[0]) for each in pieces), strict=True)
-            if end <= num_tokens]  # fmt: skip
-    cut = [window for window in _runs(left, max_seq_length) if len(window) > 1]
-    return not_empty([_goes_on(window) for window in cut])
+    cut = [window for window in _runs(_first_of(pieces, num_tokens), max_seq_length) if len(window) > 1]
+    return not_empty([_goes_on(window, 1) for window in cut])
+
+
+def paired_contexts(pieces: Sequence[Piece], num_tokens: int, length: int, most_scored: int) -> list[PairedWindow]:
+    """Consecutive windows without overlap, scored at their end: what lies beyond ``length`` / 2 tokens of a window.
+
+    On the side that has more of them; no more than ``most_scored`` tokens are scored on either. Neither model reads
+    more than ``length`` tokens of a window; of the text, the original reads ``num_tokens``.
+
+    Raises:
+        UserError: ``empty_dataset`` where no window is as long as that.
+    """
+    found = []
+    for window in _runs(_first_of(pieces, num_tokens), length):
+        first = _first_scored(window, length // 2, most_scored)
+        if first < len(window):
+            found.append(_goes_on(window, first))
+    return not_empty(found)
 
 
 def paired_sequences(texts: Iterable[Framed], num_tokens: int, max_seq_length: int) -> list[Framed]:
@@ -180,11 +106,6 @@ def sequence_of(parts: Framed) -> tuple[Tensor, Tensor]:
     return torch.tensor(_ids(pieces, 0)), torch.tensor(_ids(pieces, 1))
 
 
-def num_retokenized(texts: Iterable[Framed]) -> int:
-    """How many tokens of the original's tokenizer the other does not write."""
-    return sum(piece.num_retokenized for parts in texts for part in parts for piece in part)
-
-
 @torch.inference_mode()
 def measure_retokenized(
     original: Readable,
@@ -210,14 +131,12 @@ def measure_retokenized(
     for window in windows:
         before, after = (logits[0] for logits in next(read))
         of_artifact = _losses(after, window.artifact)
-        sums = torch.zeros(window.is_same.numel(), dtype=torch.float64).index_add(0, window.of_artifact, of_artifact)
-        shares = sums / window.of_original.bincount(minlength=sums.numel())
         positions = [
             each.positions[window.is_same[pieces]]
             for each, pieces in ((window.original, window.of_original), (window.artifact, window.of_artifact))
         ]
         compared = _compare(before, after, positions, new_id_of)
-        parts.append((_losses(before, window.original), shares[window.of_original], *compared))
+        parts.append((_losses(before, window.original), window.shared(of_artifact), *compared))
         del before, after  # they may be large, and are not to be there with the next ones
     original_loss, loss, divergence, agreement = (torch.cat(values) for values in zip(*parts, strict=True))
     longest = max(window.original.ids.numel() for window in windows)
@@ -280,15 +199,34 @@ def _ids(pieces: Iterable[Piece], side: int) -> list[int]:
     return [index for piece in pieces for index in piece.ids[side]]
 
 
-def _goes_on(pieces: Sequence[Piece]) -> PairedWindow:
+def _first_of(pieces: Sequence[Piece], num_tokens: int) -> list[Piece]:
+    """As many of the first pieces as have ``num_tokens`` tokens of the original together."""
+    ends = accumulate(len(each.ids[0]) for each in pieces)
+    return [piece for piece, end in zip(pieces, ends, strict=True) if end <= num_tokens]
+
+
+def _first_scored(pieces: Sequence[Piece], num_seen: int, most_scored: int) -> int:
+    """The first piece of a window that has so many tokens before it, and no more from it on; or how many there are."""
+    before = [list(accumulate((len(piece.ids[side]) for piece in pieces), initial=0)) for side in range(2)]
+    ends = [counts[-1] for counts in before]
+    places = zip(*before, strict=True)
+    return next(
+        index
+        for index, counts in enumerate(places)
+        if index == len(pieces)
+        or (max(counts) >= num_seen and all(e - c <= most_scored for e, c in zip(ends, counts, strict=True)))
+    )
+
+
+def _goes_on(pieces: Sequence[Piece], first_scored: int) -> PairedWindow:
     sides = []
     for side in range(2):
         ids = torch.tensor(_ids(pieces, side))
-        first = len(pieces[0].ids[side])
+        first = len(_ids(pieces[:first_scored], side))
         places = torch.arange(first, ids.numel())
-        owners = torch.tensor([index for index, piece in enumerate(pieces[1:]) for _ in piece.ids[side]])
+        owners = torch.tensor([index for index, piece in enumerate(pieces[first_scored:]) for _ in piece.ids[side]])
         sides.append((Window(ids, places - 1, ids[places]), owners))
-    return _paired(sides, pieces, pieces[1:])
+    return _paired(sides, pieces, pieces[first_scored:])
 
 
 def _masked(pieces: Sequence[Piece], chosen: Sequence[int], pair: Pair) -> PairedWindow:

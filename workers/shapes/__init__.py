@@ -17,17 +17,17 @@ from workers.shapes.width import config_of_smaller_widths, widths_of
 from workers.sources.facts import ModelFacts
 from workers.techniques import (
     DepthPruning,
-    Iterate,
     SlidingWindow,
     Stage,
     StructureOptions,
     TieEmbeddings,
     VocabularyPruning,
     WidthPruning,
+    placed,
 )
 
-# Of a stage, its index in the recipe and the config before it: the config after it, as far as it is known before.
-_RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
+# Of a stage, where it is in the recipe, and the config before it: the config after it, as far as it is known before.
+_RULES: Mapping[type[StructureOptions], Callable[[Any, str, Mapping[str, Any]], dict[str, Any]]] = {
     DepthPruning: config_of_fewer_blocks,
     WidthPruning: config_of_smaller_widths,
     VocabularyPruning: config_of_fewer_tokens,
@@ -43,10 +43,9 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
         UserError: the model cannot have that shape; ``param`` names the stage and its option.
     """
     config = dict(config)
-    for index, stage in enumerate(stages):
-        inner = stage.pruning if isinstance(stage, Iterate) else stage
-        if isinstance(inner, StructureOptions):
-            config = _RULES[type(inner)](inner, index, config)
+    for param, stage in placed(stages):
+        if isinstance(stage, StructureOptions):
+            config = _RULES[type(stage)](stage, param, config)
     return config
 
 

@@ -87,15 +87,15 @@ def kinds_of(windows: Sequence[int | None]) -> list[str]:
     return [_FULL if window is None else _LOCAL for window in windows]
 
 
-def config_of_a_window(stage: SlidingWindow, index: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config whose blocks see as little as the stage, ``index`` in its recipe, lets them.
+def config_of_a_window(stage: SlidingWindow, param: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config whose blocks see as little as the stage, at ``param``, lets them.
 
     Raises:
         UserError: ``invalid_value``, ``unsupported_architecture`` or ``invalid_config``.
     """
     architecture = architecture_of(config)
     how = _ATTENTION.get(architecture.model_type)
-    _check_supported(how, index, config)
+    _check_supported(how, param, config)
     assert how is not None
     before, num_blocks = windows_of(config), int(config["num_hidden_layers"])
     is_known = len(before) == num_blocks
@@ -104,7 +104,7 @@ def config_of_a_window(stage: SlidingWindow, index: int, config: Mapping[str, An
         after = [None if block in full else stage.window for block in range(len(before))]
         _check_narrower(stage.window, before, after, architecture.max_positions(config))
     except OptionError as error:
-        raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
+        raise UserError("invalid_value", f"{error}.", param=f"{param}.{error.option}") from error
     if how.becomes_mistral:
         return _as_mistral(config, stage.window)
     if how.switch is None:
@@ -114,7 +114,7 @@ def config_of_a_window(stage: SlidingWindow, index: int, config: Mapping[str, An
     return {**config, how.switch: True, "sliding_window": stage.window, **said}
 
 
-def _check_supported(how: _Attention | None, index: int, config: Mapping[str, Any]) -> None:
+def _check_supported(how: _Attention | None, param: str, config: Mapping[str, Any]) -> None:
     """Raise UserError ``unsupported_architecture`` for a model that cannot say that it has a window."""
     model_type = config.get("model_type")
     if how is None:
@@ -130,7 +130,7 @@ def _check_supported(how: _Attention | None, index: int, config: Mapping[str, An
     raise UserError(
         "unsupported_architecture",
         f"The model cannot be given a window: {problem}.",
-        param=f"recipe.stages[{index}].technique",
+        param=f"{param}.technique",
         hint="Types of models that can: " + ", ".join(sorted(_ATTENTION)) + ".",
     )
 

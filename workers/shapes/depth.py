@@ -12,8 +12,8 @@ from workers.techniques import DepthPruning
 from workers.techniques.options import OptionError
 
 
-def config_of_fewer_blocks(stage: DepthPruning, index: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with as many blocks as the stage, ``index`` in its recipe, leaves.
+def config_of_fewer_blocks(stage: DepthPruning, param: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with as many blocks as the stage, at ``param``, leaves.
 
     Raises:
         UserError: ``invalid_value``, ``unsupported_task`` or ``unsupported_architecture``.
@@ -23,7 +23,7 @@ def config_of_fewer_blocks(stage: DepthPruning, index: int, config: Mapping[str,
         raise UserError(
             "unsupported_task",
             "The model is no causal language model and has no perplexity to choose blocks by.",
-            param=f"recipe.stages[{index}].method",
+            param=f"{param}.method",
             hint="Use block_influence, or list the blocks.",
         )
     if config.get("scale_attn_by_inverse_layer_idx"):
@@ -31,14 +31,14 @@ def config_of_fewer_blocks(stage: DepthPruning, index: int, config: Mapping[str,
             "unsupported_architecture",
             "The model scales attention by the number of its block (scale_attn_by_inverse_layer_idx): no block can "
             "take another's place.",
-            param=f"recipe.stages[{index}].technique",
+            param=f"{param}.technique",
             hint="Use a technique that keeps all blocks.",
         )
     num_blocks = int(config[architecture.size("num_hidden_layers")])
     try:
         stage.check(num_blocks)
     except OptionError as error:
-        raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
+        raise UserError("invalid_value", f"{error}.", param=f"{param}.{error.option}") from error
     left = num_blocks - stage.num_removed(num_blocks)
     own_name = architecture.size("num_hidden_layers")
     names = [name for name in (own_name, "num_hidden_layers") if name == own_name or name in config]

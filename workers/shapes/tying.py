@@ -10,14 +10,14 @@ from workers.errors import UserError
 from workers.techniques import TieEmbeddings
 
 
-def config_of_one_matrix(_stage: TieEmbeddings, index: int, config: Mapping[str, Any]) -> dict[str, Any]:
+def config_of_one_matrix(_stage: TieEmbeddings, param: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config of the model with a tied head.
 
     Raises:
         UserError: ``unsupported_task``, ``unsupported_architecture``, or ``nothing_changed`` where it is tied already.
     """
     architecture = architecture_of(config)
-    param = f"recipe.stages[{index}].technique"
+    param = f"{param}.technique"
     if architecture.task == "classification":
         raise UserError(
             "unsupported_task",

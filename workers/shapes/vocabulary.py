@@ -9,7 +9,7 @@ from workers.architectures import architecture_of
 from workers.techniques import VocabularyPruning
 
 
-def config_of_fewer_tokens(stage: VocabularyPruning, _index: int, config: Mapping[str, Any]) -> dict[str, Any]:
+def config_of_fewer_tokens(stage: VocabularyPruning, _param: str, config: Mapping[str, Any]) -> dict[str, Any]:
     """The config with as many tokens as the stage leaves at most: how many there are, the text decides.
 
     Raises:

@@ -58,8 +58,8 @@ def widths_of(config: Mapping[str, Any]) -> Widths:
     )
 
 
-def config_of_smaller_widths(stage: WidthPruning, index: int, config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with the sizes that the stage, ``index`` in its recipe, leaves.
+def config_of_smaller_widths(stage: WidthPruning, param: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the sizes that the stage, at ``param``, leaves.
 
     Raises:
         UserError: ``invalid_value``, or ``invalid_config`` where heads do not divide the sizes that the model has.
@@ -79,7 +79,7 @@ def config_of_smaller_widths(stage: WidthPruning, index: int, config: Mapping[st
     try:
         after = _widths_left(stage, architecture, config, before)
     except OptionError as error:
-        raise UserError("invalid_value", f"{error}.", param=f"recipe.stages[{index}].{error.option}") from error
+        raise UserError("invalid_value", f"{error}.", param=f"{param}.{error.option}") from error
     changed = {**config}
     for name in ("hidden_size", "num_attention_heads"):
         own_name, size = architecture.size(name), getattr(after, name)

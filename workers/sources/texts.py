@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any
 
 from workers.errors import JobError, UserError
 from workers.recipe import Recipe
@@ -23,15 +20,14 @@ from workers.sources.datasets import (
     located,
     parse_hub_dataset,
 )
-from workers.sources.identifiers import parse_file_name
+from workers.sources.division import EVALUATION_EVERY, Take, divide, is_one_source, left_of, nothing
 from workers.sources.labels import Labels
 from workers.sources.passages import Passages
+from workers.sources.text_file import TextFile
 
-# Enough for any tokenizer: English has 4 to 5 characters a token. More would only cost time.
-CHARACTERS_A_TOKEN = 12
-_MAX_CHARACTERS = 4 * 10**9
-# One document in three is evaluation's when both read the same source.
-_EVALUATION_EVERY = 3
+# Of the user's own text that nobody named for evaluation: one document in so many, and no more than is measured.
+_APART_EVERY = 10
+_SPARE_APART = 4
 
 
 def write_texts(
@@ -42,6 +38,7 @@ def write_texts(
     *,
     labels: Labels | None = None,
     training_labels: Labels | None = None,
+    measures_apart: bool = False,
 ) -> dict[str, dict[str, Any] | None]:
     """Write ``evaluation.jsonl``, and ``calibration.jsonl`` and ``training.jsonl`` if a stage needs them.
 
@@ -50,15 +47,19 @@ def write_texts(
     else is calibrated with. From two, evaluation leaves out the passages that the other has, whatever file or layout
     they come in.
     With ``labels`` each text of evaluation, and with ``training_labels`` each of training, has its class, and is there
-    whole or not at all.
+    whole or not at all. With ``measures_apart`` there is ``apart.jsonl`` too, of the text that
+    :attr:`Recipe.evaluation_apart` names, if the others leave any of it: of the user's own every tenth document, until
+    that is enough.
     Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`, and ``one_class``.
     """
     calibration, training, evaluation = recipe.calibration, recipe.training, recipe.evaluation
+    apart = recipe.evaluation_apart if measures_apart else None
     reads_training = training is not None and recipe.reads_training_text
     with (
-        _TextFile(folder / "calibration.jsonl", recipe.num_calibration_tokens) as calibrating,
-        _TextFile(folder / "training.jsonl", recipe.num_training_tokens if reads_training else 0) as training_file,
-        _TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
+        TextFile(folder / "calibration.jsonl", recipe.num_calibration_tokens) as calibrating,
+        TextFile(folder / "training.jsonl", recipe.num_training_tokens if reads_training else 0) as training_file,
+        TextFile(folder / "evaluation.jsonl", evaluation.num_tokens) as evaluating,
+        TextFile(folder / "apart.jsonl", 0 if apart is None else apart.num_tokens) as measuring_apart,
     ):
         # One text has one field of labels, whoever reads it: see `check_training` for two.
         is_shared = training is not None and is_one_source(training, evaluation)
@@ -68,36 +69,46 @@ def write_texts(
         if training is not None and reads_training:
             seen.append(_Seen("training", training, training_file, is_read=True))
         shared = [each for each in seen if is_one_source(each.part, evaluation) and not evaluation.allow_overlap]
-        used = Passages()
+        shared_apart = [each for each in seen if apart is not None and is_one_source(each.part, apart)]
+        own = Passages()
+        used = [own]  # what the model sees
         for each in seen:
-            if each in shared or not each.is_read:
+            if each in shared or each in shared_apart or not each.is_read:
                 continue
             with _located(f"recipe.{each.name}.dataset"):
                 for document in sources.documents(each.part):
-                    if not evaluation.allow_overlap:
-                        used.add(document.text)
+                    if not evaluation.allow_overlap or apart is not None:
+                        own.add(document.text)
                     if not each.take(document):
                         break
 
+        kept_apart = _KeptApart(0)
+        if apart is not None:
+            kept_apart = _divide_apart(apart, shared_apart, sources, measuring_apart.wanted_characters)
+            used.append(kept_apart.others)
+
         def evaluate(document: Document, /, *, num_removed: int) -> bool:
-            left = document if evaluation.allow_overlap else _left_of(document, used)
+            left = document if evaluation.allow_overlap else left_of(document, *used)
             left = left if labels is not None else Document(left.text)
             return evaluating.add(left, num_removed=num_removed + len(document.text) - len(left.text))
-
-        def share(document: Document, /, *, num_removed: int) -> bool:
-            wanting = [each.take(document, num_removed=num_removed) for each in shared]  # each takes its own
-            return any(wanting)
 
         with _located("recipe.evaluation.dataset"):
             documents = sources.documents(evaluation)
             if shared:
-                divide(documents, share, evaluate)
-            elif evaluation.dataset == BUILTIN_DATASET and not evaluation.allow_overlap:
-                divide(documents, _nothing, evaluate)
+                divided = divide(documents, _taking(shared), evaluate)
+                if any(each.is_read for each in shared):
+                    used.append(divided)
+            elif evaluation.is_general and not evaluation.allow_overlap:
+                divide(documents, nothing, evaluate)
             else:
                 for document in documents:
                     if not evaluate(document, num_removed=0):
                         break
+        # Only now is it known what all the others have that read another text.
+        others = [each for each in used if each is not kept_apart.others]
+        for document in kept_apart.documents:
+            left = left_of(document, *others)
+            measuring_apart.add(left, num_removed=len(document.text) - len(left.text))
         for each in seen:
             each.check()
         if not evaluating.num_documents:
@@ -110,9 +121,11 @@ def write_texts(
         described: dict[str, dict[str, Any] | None] = {"calibration": None}
         described |= {each.name: sources.describe(each.part) | each.file.describe() for each in seen if each.is_read}
         described["evaluation"] = sources.describe(evaluation) | evaluating.describe()
-    for name, is_read in (("calibration", recipe.needs_calibration), ("training", reads_training)):
-        if not is_read:
-            (folder / f"{name}.jsonl").unlink()
+        if apart is not None and measuring_apart.num_documents:
+            described["apart"] = sources.describe(apart) | measuring_apart.describe()
+    wanted = {"calibration": recipe.needs_calibration, "training": reads_training, "apart": "apart" in described}
+    for name in (name for name, is_wanted in wanted.items() if not is_wanted):
+        (folder / f"{name}.jsonl").unlink()
     return described
 
 
@@ -122,7 +135,7 @@ class _Seen:
 
     name: str
     part: Calibration | Training
-    file: _TextFile
+    file: TextFile
     is_read: bool
 
     def take(self, document: Document, *, num_removed: int = 0) -> bool:
@@ -144,114 +157,46 @@ class _Seen:
             )
 
 
-class Take(Protocol):
-    """One side of the texts."""
+def _taking(seen: Sequence[_Seen]) -> Take:
+    """The side of one text that these read, each as much as it wants."""
 
-    def __call__(self, document: Document, /, *, num_removed: int) -> bool:
-        """Take a document that lost so many characters before; False for having enough."""
-        ...
+    def take(document: Document, /, *, num_removed: int) -> bool:
+        wanting = [each.take(document, num_removed=num_removed) for each in seen]  # each takes its own
+        return any(wanting)
 
-
-def _nothing(_document: Document, /, *, num_removed: int) -> bool:  # noqa: ARG001 - a `Take`
-    """A side that wants none of its documents, which are the other's no more for that."""
-    return False
+    return take
 
 
-def divide(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> None:
-    """Give each document to one side, until both have enough. Texts that repeat are dropped.
+class _KeptApart:
+    """A side of a text that waits until all is known that it must not have: few characters."""
 
-    A passage belongs to the side that it comes to first, and is left out of the other. Calibration's is remembered
-    even when calibration takes no more, so that evaluation never depends on how much that wants.
-    """
-    wanting = {calibrate: True, evaluate: True}
-    used = {calibrate: Passages(), evaluate: Passages()}
-    for document, take, other in _sides(_distinct(documents), calibrate, evaluate):
-        if take is calibrate or wanting[take]:
-            left = _left_of(document, used[other])
-            used[take].add(left.text)
-            wanting[take] = wanting[take] and take(left, num_removed=len(document.text) - len(left.text))
-        if not any(wanting.values()):
-            return
+    def __init__(self, wanted_characters: int) -> None:
+        self.documents: list[Document] = []
+        self.others = Passages()  # what the model sees of the same text
+        self._left = wanted_characters
+
+    def __call__(self, document: Document, /, *, num_removed: int) -> bool:  # noqa: ARG002 - a `Take`
+        self.documents.append(Document(document.text))
+        self._left -= len(document.text)
+        return self._left > 0
 
 
-def _left_of(document: Document, used: Passages) -> Document:
-    """The document without the other side's passages; a part of a text has not the label of the whole."""
-    left = used.left_out_of(document.text)
-    is_whole = left == document.text
-    return document if is_whole else Document("" if document.label is not None else left, document.label)
-
-
-def _sides(documents: Iterator[Document], calibrate: Take, evaluate: Take) -> Iterator[tuple[Document, Take, Take]]:
-    """Each document, the side it goes to and the other one.
-
-    Fewer than three are cut instead: their last third is evaluation's. With labels, the last one is.
-    """
-    first = list(islice(documents, _EVALUATION_EVERY))
-    if len(first) < _EVALUATION_EVERY:
-        for document in first:
-            if document.label is None:
-                position = _cut(document.text)
-                yield Document(document.text[:position]), calibrate, evaluate
-                yield Document(document.text[position:]), evaluate, calibrate
-            elif document is first[-1]:
-                yield document, evaluate, calibrate
-            else:
-                yield document, calibrate, evaluate
-        return
-    for index, document in enumerate(chain(first, documents)):
-        # Rows of a table often come by class, or in turns.
-        number = index if document.label is None else _number_of(document.text)
-        if number % _EVALUATION_EVERY == _EVALUATION_EVERY - 1:
-            yield document, evaluate, calibrate
-        else:
-            yield document, calibrate, evaluate
-
-
-class _TextFile:
-    """A JSON Lines file of texts that wants ``num_tokens`` tokens' worth of them; None for all there are."""
-
-    def __init__(self, path: Path, num_tokens: int | None) -> None:
-        self._file = path.open("wb")
-        self._digest = hashlib.sha256()
-        wanted = _MAX_CHARACTERS if num_tokens is None else num_tokens * CHARACTERS_A_TOKEN
-        self._wanted_characters = min(wanted, _MAX_CHARACTERS)
-        self.labels: set[int] = set()
-        self._num_characters = 0
-        self._num_removed_characters = 0
-        self.num_documents = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def add(self, document: Document, *, num_removed: int = 0) -> bool:
-        """Take ``document``, unless it is blank or there is enough already; False when no more is wanted.
-
-        ``num_removed`` characters of it were left out for being the other side's.
-        """
-        if self._num_characters < self._wanted_characters:
-            self._num_removed_characters += num_removed
-            text, label = document
-            if text.strip():
-                told = {"text": text} if label is None else {"text": text, "label": label}
-                line = json.dumps(told, ensure_ascii=False).encode() + b"\n"
-                self._file.write(line)
-                self._digest.update(line)
-                self._num_characters += len(text)
-                self.num_documents += 1
-                self.labels |= set() if label is None else {label}
-        return self._num_characters < self._wanted_characters
-
-    def describe(self) -> dict[str, Any]:
-        """Digest and size of what was written."""
-        return {
-            "sha256": self._digest.hexdigest(),
-            "num_documents": self.num_documents,
-            "num_characters": self._num_characters,
-            "num_removed_characters": self._num_removed_characters,
-        }
+def _divide_apart(apart: Evaluation, shared: Sequence[_Seen], sources: _Sources, wanted_characters: int) -> _KeptApart:
+    """Give what is measured ``apart``, and those who read the same text, each their documents of it."""
+    # Of general text some may have to be left out, and none of it is taken from the user.
+    kept = _KeptApart((_SPARE_APART if apart.is_general else 1) * wanted_characters)
+    names = [each.name for each in shared if each.is_read]
+    with _located(f"recipe.{(names or ['evaluation'])[0]}.dataset"):
+        passages = divide(
+            sources.documents(apart),
+            _taking(shared),
+            kept,
+            every=EVALUATION_EVERY if apart.is_general else _APART_EVERY,
+            gives_rest=not apart.is_general,
+        )
+    if names:
+        kept.others = passages
+    return kept
 
 
 class _Sources:
@@ -311,41 +256,3 @@ class _located:  # noqa: N801 - used as a function, in `with`
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         if isinstance(error, JobError):
             located(error, self._param)
-
-
-def is_one_source(seen: Calibration | Training, evaluation: Evaluation) -> bool:
-    """Whether both name one text, which is divided between them then."""
-    return seen.text_field == evaluation.text_field and _same(seen.dataset) == _same(evaluation.dataset)
-
-
-def _same(dataset: Dataset) -> object:
-    """Equal for two spellings of one file."""
-    if isinstance(dataset, str) and dataset.startswith("file:"):
-        try:
-            return parse_file_name(dataset.removeprefix("file:"))
-        except ValueError:
-            return dataset
-    return dataset
-
-
-def _distinct(documents: Iterator[Document]) -> Iterator[Document]:
-    seen: set[bytes] = set()
-    for document in documents:
-        key = hashlib.sha256(document.text.strip().encode()).digest()
-        if key not in seen:
-            seen.add(key)
-            yield document
-
-
-def _number_of(text: str) -> int:
-    """A number that hangs on a text alone, and on all of it."""
-    return int.from_bytes(hashlib.sha256(text.strip().encode()).digest()[:8])
-
-
-def _cut(text: str) -> int:
-    """Where the last third of ``text`` begins, at white space if there is any."""
-    position = len(text) * (_EVALUATION_EVERY - 1) // _EVALUATION_EVERY
-    for index in chain(range(position, len(text)), range(position, 0, -1)):
-        if text[index].isspace():
-            return index
-    return len(text)

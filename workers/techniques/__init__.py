@@ -13,7 +13,7 @@ from workers.techniques.dynamic_int8 import DynamicInt8
 from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.gptq import GPTQ
 from workers.techniques.gradual_pruning import GradualPruning
-from workers.techniques.iterate import Iterate
+from workers.techniques.iterate import Iterate, placed
 from workers.techniques.logit_distillation import LogitDistillation
 from workers.techniques.lora_recovery import LoraRecovery
 from workers.techniques.magnitude import Magnitude
@@ -94,4 +94,5 @@ __all__ = [
     "VocabularyPruning",
     "Wanda",
     "WidthPruning",
+    "placed",
 ]

@@ -59,6 +59,11 @@ class DistillationOptions(TrainingOptions):
         SyntheticText | None, Field(description="Text sampled from the teacher, in place of the training text.")
     ] = None
 
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything is learned from one."""
+        return self.alpha < 1 or bool(self.hidden_weight)
+
     @model_validator(mode="after")
     def _begins_with_what_it_trains(self) -> Self:
         if self.initialization not in self.initializations:

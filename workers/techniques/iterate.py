@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -63,10 +64,11 @@ class Iterate(StageOptions):
         if len(pruning) != 1 or isinstance(self.stages[-1], PruningOptions | DepthPruning):
             raise OptionError("stages", "must have one stage that prunes, and end with one that trains")
         [stage] = pruning
+        place = f"stages[{self.stages.index(stage)}]"
         if isinstance(stage, PruningOptions) and stage.pattern is not None and len(self.fractions) > 1:
-            raise OptionError("stages", "must prune with mask_structure unstructured: a part of an N:M mask is none")
+            raise OptionError(f"{place}.mask_structure", "must be unstructured: a part of an N:M mask is none")
         if isinstance(stage, DepthPruning) and stage.num_blocks is None:
-            raise OptionError("stages", "must say num_blocks of depth_pruning, which are left out over all rounds")
+            raise OptionError(f"{place}.num_blocks", "must be given: so many are left out over all rounds")
         if self.schedule is not None and "rounds" in self.model_fields_set and self.rounds != len(self.schedule):
             raise OptionError("rounds", f"must be left out, or {len(self.schedule)}, as schedule has it")
         return self
@@ -106,11 +108,11 @@ class Iterate(StageOptions):
             1.0 if isinstance(stage, PruningOptions) else stage.relative_time for stage in self.stages
         )
 
-    def round(self, number: int) -> list[StageOptions]:
-        """The stages of a round, from 0; one that takes away nothing then is left out."""
+    def round(self, number: int) -> list[tuple[int, StageOptions]]:
+        """The stages of a round, from 0, and their indices; one that takes away nothing then is left out."""
         before, after = [0.0, *self.fractions][number : number + 2]
-        found: list[StageOptions] = []
-        for stage in self.stages:
+        found: list[tuple[int, StageOptions]] = []
+        for index, stage in enumerate(self.stages):
             changes: dict[str, Any] = {}
             if isinstance(stage, PruningOptions):
                 assert stage.sparsity is not None
@@ -120,5 +122,15 @@ class Iterate(StageOptions):
                 changes = {"num_blocks": round(after * stage.num_blocks) - round(before * stage.num_blocks)}
                 if not changes["num_blocks"]:
                     continue
-            found.append(stage.model_copy(update=changes))
+            found.append((index, stage.model_copy(update=changes)))
         return found
+
+
+def placed(stages: Sequence[StageOptions]) -> Iterator[tuple[str, StageOptions]]:
+    """The stages of a recipe that do something themselves, contained ones too, each with where it is."""
+    for index, stage in enumerate(stages):
+        param = f"recipe.stages[{index}]"
+        if isinstance(stage, Iterate):
+            yield from ((f"{param}.stages[{number}]", inner) for number, inner in enumerate(stage.stages))
+        else:
+            yield param, stage

@@ -10,6 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from workers.techniques.options import Kind, OptionError, StageOptions
 
 DEFAULT_EPOCHS = 3.0
+# Of a micro-batch, where the options do not say how many samples it has.
+_TOKENS_A_MICRO_BATCH = 4_096
 
 
 class Augmentation(BaseModel):
@@ -112,6 +114,11 @@ class TrainingOptions(StageOptions):
     def num_tokens(self) -> int | None:
         """How many tokens of text are read at most; None where the text says it, by its length."""
         return None if self.num_steps is None else self.num_steps * self.batch_size * self.max_seq_length
+
+    @property
+    def samples_at_a_time(self) -> int:
+        """How many samples are in memory at most."""
+        return self.micro_batch_size or max(1, _TOKENS_A_MICRO_BATCH // self.max_seq_length)
 
     def steps_for(self, num_samples: int) -> int:
         """Steps of the optimizer on so many samples."""

@@ -8,11 +8,10 @@ from typing import Any
 
 from workers.errors import UserError
 from workers.recipe import Recipe
-from workers.techniques import TrainingOptions
+from workers.techniques import TrainingOptions, placed
 from workers.techniques.training_options import Augmentation
 from workers.training.samples import Augmented
 from workers.training.seeds import seed_of
-from workers.training_rules import with_places
 
 
 def check_augmentation(recipe: Recipe, tokenizer: Any) -> None:
@@ -21,8 +20,9 @@ def check_augmentation(recipe: Recipe, tokenizer: Any) -> None:
     Which one does may be a default of the tokenizer's class, which transformers chooses by more than its files say: so
     preflight cannot know. Raises UserError ``invalid_value``.
     """
-    for param, stage in with_places(recipe):
-        if stage.augmentation.mask_probability and _mask_token(tokenizer) is None:
+    for param, stage in placed(recipe.stages):
+        masks = isinstance(stage, TrainingOptions) and stage.augmentation.mask_probability > 0
+        if masks and _mask_token(tokenizer) is None:
             raise UserError(
                 "invalid_value",
                 "The tokenizer has no token that stands for a masked one, nor one for unknown text.",

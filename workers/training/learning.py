@@ -42,7 +42,7 @@ def learn(lesson: Lesson, ranks: Ranks, listener: Listener) -> Learned:
     stage, student = lesson.stage, lesson.student.open(trains=True)
     if isinstance(stage, DistillationOptions) and stage.initialization == "random":
         student.begin_anew(lesson.seed)
-    rounded, adapted, param = {}, Adapted({}, []), f"recipe.stages[{lesson.index}]"
+    rounded, adapted, param = {}, Adapted({}, []), lesson.param
     if isinstance(stage, QuantizationAwareFineTuning):
         rounded = round_weights(student, stage, lesson.first_codes)
     elif isinstance(stage, LoraRecovery):

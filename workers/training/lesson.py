@@ -54,7 +54,7 @@ class Lesson:
     """One training of one student: it is handed from process to process, so nothing here is open or in use."""
 
     stage: TrainingOptions
-    index: int  # of the stage in the recipe
+    param: str  # where the stage is in the recipe, for errors
     seed: int
     student: Source
     teacher: Source | None  # none where nothing is learned from one

@@ -26,8 +26,6 @@ from workers.training.step_journal import Curve, StepJournal
 
 # At most so much work is lost with a killed process, and what keeping a state takes.
 SECONDS_A_STATE = 30.0
-# Of a micro-batch, where the options do not say how many samples it has.
-TOKENS_A_MICRO_BATCH = 4_096
 _FINAL_RATE = 0.1  # of the highest learning rate, at the end of a cosine
 _MOST_POINTS = 200  # of a loss curve
 _SECONDS_A_PROGRESS = 1.0
@@ -60,7 +58,7 @@ class Loop:
         self._stage = stage = lesson.stage
         self._ranks = ranks
         self._listener = listener
-        self._param = f"recipe.stages[{lesson.index}]"
+        self._param = lesson.param
         self._seed = lesson.seed
         self.journal = StepJournal(lesson.folder / "steps", lesson.fingerprint)
         self.num_steps = stage.steps_for(corpus.division.training.numel())
@@ -249,8 +247,7 @@ class Loop:
         """
         corpus = self._corpus
         changed = None if corpus.augmented is None or step is None else corpus.augmented(step)
-        size = self._stage.micro_batch_size or max(1, TOKENS_A_MICRO_BATCH // self._stage.max_seq_length)
-        size = min(size, math.ceil(len(numbers) / self._ranks.count))
+        size = min(self._stage.samples_at_a_time, math.ceil(len(numbers) / self._ranks.count))
         for number, some in self._ranks.share(list(of_like_length(numbers, corpus.samples, size))):
             yield number, collate(corpus.samples, some, corpus.padding, changed, causal=self._lesson.is_causal)
 

@@ -51,7 +51,7 @@ class TrainingStage:
     """A stage that trains, as the job finds it."""
 
     stage: TrainingOptions
-    index: int  # in the recipe
+    param: str  # where it is in the recipe, for errors
     recipe: Recipe
     student: Skeleton  # what lies on disk is opened anew: no weight of these is loaded or changed
     teacher: Skeleton  # the model that the student was made from
@@ -84,7 +84,7 @@ class TrainingStage:
 
     def _train(self) -> dict[str, Any]:
         stage = self.stage
-        check_accelerators(stage.num_processes, f"recipe.stages[{self.index}].num_processes")
+        check_accelerators(stage.num_processes, f"{self.param}.num_processes")
         lesson = self._lesson()
         _forget_models()  # that this process had to open for the lesson, before any is opened to learn
         listener = Listener(self._told, self.measured)
@@ -103,7 +103,8 @@ class TrainingStage:
         stage, tokenizer = self.stage, self.texts.tokenizer(self.student)
         student, teacher = (Source(each.checkpoint, each.architecture) for each in (self.student, self.teacher))
         opened = cache(partial(Source.open, trains=False))
-        judge = partial(opened, teacher if self._has_teacher() else student)
+        has_teacher = isinstance(stage, DistillationOptions) and stage.has_teacher
+        judge = partial(opened, teacher if has_teacher else student)
         samples = self._samples(tokenizer, partial(opened, teacher))
         division = divide(samples)
         if lesson_needs_labels(stage, self.student.architecture) and not samples.has_labels:
@@ -116,10 +117,10 @@ class TrainingStage:
         padding = _padding(tokenizer)
         lesson = Lesson(
             stage=stage,
-            index=self.index,
+            param=self.param,
             seed=self._seed,
             student=student,
-            teacher=teacher if self._has_teacher() else None,
+            teacher=teacher if has_teacher else None,
             folder=self.journal.folder,
             division=division,
             first_epoch=self._first_epoch(samples, division.training, judge, padding),
@@ -133,15 +134,11 @@ class TrainingStage:
         )
         cached = lesson.cached_teacher(samples)
         if cached is not None and not cached.is_filled:
-            size = max(1, loop.TOKENS_A_MICRO_BATCH // stage.max_seq_length)
-            cached.fill(judge(), padding, size, stage.precision, lambda done: self.progress("teacher", 0, 0, done))
+            told = partial(self.progress, "teacher", 0, 0)
+            cached.fill(judge(), padding, stage.samples_at_a_time, stage.precision, told)
         if cached is not None:
             self.journal.decided_under.extend(cached.note_fingerprint(self.journal.fingerprint))
         return lesson
-
-    def _has_teacher(self) -> bool:
-        stage = self.stage
-        return isinstance(stage, DistillationOptions) and (stage.alpha < 1 or bool(stage.hidden_weight))
 
     def _told(self, step: int, num_steps: int) -> None:
         self.progress("train", step, num_steps, step / num_steps)

@@ -126,6 +126,15 @@ REPORT: dict[str, Any] = {
         "kl_divergence_standard_error": 0.002,
         "top1_agreement": 0.871,
     },
+    "quality_apart": {
+        "text": "general",
+        "num_tokens": 4095,
+        "original_perplexity": 31.0,
+        "original_perplexity_standard_error": 1.0,
+        "perplexity": 62.0,
+        "perplexity_standard_error": 2.0,
+        "perplexity_ratio": 2.0,
+    },
     "speed": {"original": {"tokens_per_second": 30.0}, "artifact": {"tokens_per_second": 25.0}},
     "generation": {"prompt": "The capital", "original": " of France", "artifact": " of [bold]Spain\x1b[2J"},
     "stages": [{"technique": "gptq", "metrics": {}, "fallbacks": [{"module": "x"}]}],
@@ -142,6 +151,7 @@ def test_a_report_shows_before_and_after_with_errors() -> None:
         "269.0 MB 110.0 MB 2.45 times smaller",
         "bytes of its dense form 270.0 MB",
         "perplexity (16,384 tokens) 21.50 ± 0.40 24.25 ± 0.50 × 1.128",
+        "perplexity (4,095 tokens of general text) 31.00 ± 1.00 62.00 ± 2.00 × 2.000",
         "0.1234 ± 0.0020",
         "87.1 %",
         "max_perplexity_ratio: limit 1.250, measured 1.128: kept",
@@ -194,7 +204,7 @@ def test_a_classifiers_report_shows_accuracy_and_no_perplexity() -> None:
         "top1_agreement": 0.985,
     }
     speed = {"load_seconds": 1.5, "first_token_seconds": None, "tokens_per_second": 900.0}
-    report = REPORT | {"task": "classification", "quality": quality, "generation": None}
+    report = REPORT | {"task": "classification", "quality": quality, "quality_apart": None, "generation": None}
     report["speed"] = {"original": speed, "artifact": speed}
     output = io.StringIO()
     print_report(Console(file=output, width=140, markup=False), report)

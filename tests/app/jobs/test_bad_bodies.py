@@ -21,6 +21,11 @@ WIDTH = {"technique": "width_pruning"}
 NARROW = {**WIDTH, "hidden_size": 48, "num_key_value_heads": 1, "intermediate_size": 96}
 TOKENS = {"technique": "vocabulary_pruning"}
 WINDOW = {"technique": "sliding_window"}
+TUNING = {"technique": "fine_tuning"}
+
+
+def rounds(*stages: dict[str, Any]) -> dict[str, Any]:
+    return {"technique": "iterate", "stages": list(stages)}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,17 @@ WINDOW = {"technique": "sliding_window"}
         ([{**WINDOW, "window": 64, "full_blocks": [1, 1]}], "invalid_value", "recipe.stages[0].full_blocks"),
         ([{**WINDOW, "window": 64}, {**WINDOW, "window": 64}], "invalid_value", "recipe.stages[1].window"),
         ([PRUNING, {**WINDOW, "window": 64}], "stages_conflict", "recipe.stages[1].technique"),
+        (
+            [rounds(PRUNING, {**TUNING, "learning_rate": 2.0})],
+            "invalid_value",
+            "recipe.stages[0].stages[1].learning_rate",
+        ),
+        (
+            [PRUNING, rounds(PRUNING, {**TUNING, "num_steps": 1, "num_epochs": 1.0})],
+            "invalid_value",
+            "recipe.stages[1].stages[1].num_epochs",
+        ),
+        ([rounds({**DEPTH, "fraction": 0.5}, TUNING)], "invalid_value", "recipe.stages[0].stages[0].num_blocks"),
         (["gptq"], "invalid_type", "recipe.stages[0]"),
         ([], "invalid_value", "recipe.stages"),
         ([PRUNING] * 33, "invalid_value", "recipe.stages"),

@@ -113,6 +113,18 @@ def test_a_text_that_is_divided_is_told(
     assert codes == ["text_divided"] * num_warnings
 
 
+@pytest.mark.parametrize(("codes", "changes"), [(["text_held_out"], {}), ([], {"allow_overlap": True})])
+def test_own_text_that_is_held_out_is_told(
+    client: TestClient, auth: dict[str, str], model_id: str, codes: list[str], changes: dict[str, bool]
+) -> None:
+    recipe = {
+        "stages": [{"technique": "gptq", "group_size": 64}],
+        "calibration": {"dataset": {"texts": ["some words to count", "and more of them"]}},
+        "evaluation": changes,
+    }
+    assert [warning["code"] for warning in submit(client, auth, model_id, recipe=recipe)["warnings"]] == codes
+
+
 def test_long_inline_texts_are_stored_whole_and_shown_short(
     client: TestClient, auth: dict[str, str], model_id: str, database: Database
 ) -> None:

@@ -8,10 +8,10 @@ import torch
 
 from tests.workers.opened import opened
 from workers.errors import UserError
+from workers.evaluation.pieces import Pair, Piece
 from workers.evaluation.retokenized import (
-    Pair,
-    Piece,
     measure_retokenized,
+    paired_contexts,
     paired_masked_windows,
     paired_sequences,
     paired_windows,
@@ -111,6 +111,23 @@ def test_a_masked_piece_is_masked_as_a_whole() -> None:
     assert (window.of_original.tolist(), window.of_artifact.tolist()) == ([0, 0], [0, 0, 0])
     with pytest.raises(UserError) as caught:
         paired_masked_windows([([special], [], [special])], PAIR)
+    assert caught.value.code == "empty_dataset"
+
+
+def test_contexts_are_scored_where_enough_was_seen() -> None:
+    text = [A, B, REWRITTEN, C, A, A, REWRITTEN, B]  # 10 tokens, and 12
+    (window,) = paired_contexts(text, 10, 12, 6)
+    # Before the second a the artifact has read six tokens: all that follows is scored.
+    assert window.original.targets.tolist() == [2, 2, 4, 2, 3]
+    assert window.artifact.targets.tolist() == [2, 2, 3, 4, 4, 3]
+    (window,) = paired_contexts(text, 10, 12, 5)
+    assert window.artifact.targets.tolist() == [2, 3, 4, 4, 3]
+    # No model reads more than the length, and a piece is scored on both sides or on none.
+    (window,) = paired_contexts(text, 9, 6, 3)
+    assert window.artifact.ids.tolist() == [2, 3, 3, 4, 4, 4]
+    assert (window.original.targets.tolist(), window.artifact.targets.tolist()) == ([5], [4])
+    with pytest.raises(UserError) as caught:
+        paired_contexts([A, B], 2, 8, 4)
     assert caught.value.code == "empty_dataset"
 
 

@@ -291,3 +291,50 @@ def test_a_row_whose_label_is_no_class_ends_the_reading_by_name(tmp_path: Path) 
         write_texts(recipe, tmp_path, [tmp_path], labels=Labels("kind", ("a", "b")))
     assert (caught.value.code, caught.value.param) == ("unknown_label", "recipe.evaluation.label_field")
     assert "a, b" in str(caught.value.hint)
+
+
+def paragraphs(documents: list[str]) -> set[str]:
+    return {" ".join(paragraph.split()) for text in documents for paragraph in text.split("\n\n")}
+
+
+def write_apart(
+    folder: Path, calibration: Any, evaluation: Any, stage: dict[str, Any] = GPTQ, num_tokens: int = 512
+) -> Any:
+    recipe = Recipe.model_validate(
+        {
+            "stages": [stage],
+            "training": {"dataset": calibration},
+            "calibration": {"dataset": calibration, "num_samples": 1024},
+            "evaluation": {"dataset": evaluation, "num_tokens": num_tokens},
+        }
+    )
+    return write_texts(recipe, folder, [folder], measures_apart=True)
+
+
+def test_general_text_apart_is_what_an_evaluation_on_it_reads_and_never_calibrated_on(tmp_path: Path) -> None:
+    builtin = "builtin:python-docs"
+    described = write_apart(tmp_path, builtin, inline("Mine."))
+    assert described["apart"]["dataset"] == builtin
+    apart = read(tmp_path, "apart")
+    assert not paragraphs(read(tmp_path, "calibration")) & paragraphs(apart)
+    write_apart(tmp_path, builtin, builtin)
+    assert not (tmp_path / "apart.jsonl").exists()
+    assert read(tmp_path, "evaluation") == apart
+
+
+def test_own_text_apart_is_no_more_than_is_measured_and_the_rest_is_trained_on(tmp_path: Path) -> None:
+    documents = [f"Document {index} " + f"word{index} " * 40 for index in range(100)]
+    write_apart(tmp_path, inline(*documents), "builtin:python-docs", {"technique": "fine_tuning"}, 64)
+    apart = read(tmp_path, "apart")
+    assert apart == [documents[9], documents[19], documents[29]]  # 64 tokens of 12 characters
+    assert read(tmp_path, "training") == [text for text in documents if text not in apart]
+
+
+def test_general_text_apart_leaves_out_what_own_calibration_text_has(tmp_path: Path) -> None:
+    mine = inline(*[f"Document {index}." for index in range(9)])
+    write_apart(tmp_path, mine, mine)
+    passage = read(tmp_path, "apart")[0]
+    copied = inline(passage, *mine["texts"])
+    described = write_apart(tmp_path, copied, copied)
+    assert described["apart"]["num_removed_characters"] > 0.9 * len(passage)
+    assert not paragraphs(copied["texts"]) & paragraphs(read(tmp_path, "apart"))

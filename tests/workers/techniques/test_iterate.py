@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import TEXTS, certified, compressed, fetched
+from workers.errors import UserError
 from workers.pipeline import compress
 from workers.recipe import Recipe
 from workers.recipe_rules import RecipeError
@@ -152,8 +154,8 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(num_events: int, model: Pat
         ({"stages": [TUNE, PRUNE]}, "end with one that trains"),
         ({"stages": [PRUNE, PRUNE, TUNE]}, "one stage that prunes"),
         ({"stages": [TUNE, TUNE]}, "one stage that prunes"),
-        ({"stages": [{"technique": "wanda", "mask_structure": "2:4"}, TUNE]}, "unstructured"),
-        ({"stages": [{"technique": "depth_pruning", "fraction": 0.5}, TUNE]}, "num_blocks"),
+        ({"stages": [{"technique": "wanda", "mask_structure": "2:4"}, TUNE]}, r"stages\[0\].mask_structure"),
+        ({"stages": [TUNE, {"technique": "depth_pruning", "fraction": 0.5}, TUNE]}, r"stages\[1\].num_blocks"),
         ({"rounds": 3, "schedule": [0.5, 1.0]}, "as schedule has it"),
         ({"schedule": [0.5, 0.4, 1.0]}, "must rise"),
         ({"schedule": [0.5, 0.9, 0.95]}, "end with 1"),
@@ -162,6 +164,32 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(num_events: int, model: Pat
 def test_rounds_that_make_no_sense_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Iterate.model_validate(rounds(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "option"),
+    [
+        ({"stages": [{**PRUNE, "ignore": ["*"]}, TUNE]}, "nothing_changed", "stages[0].ignore"),
+        (
+            {"stages": [PRUNE, {**TUNE, "patience": 1, "learning_rate": 1.0}]},
+            "nothing_learned",
+            "stages[1].learning_rate",
+        ),
+    ],
+)
+def test_what_goes_wrong_inside_is_named_there(
+    changes: dict[str, Any], code: str, option: str, model: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError) as caught:
+        compressed(tmp_path / "work", model, recipe_of({**PRUNE, "sparsity": 0.1}, rounds(**changes)))
+    assert (caught.value.code, caught.value.param) == (code, f"recipe.stages[1].{option}")
+
+
+def test_a_target_that_was_reached_before_is_named_inside() -> None:
+    with pytest.raises(ValidationError, match=r"stages\[0\] leaves 0.6 of the weights zero already") as caught:
+        Recipe.model_validate(recipe_of(PRUNE, rounds(stages=[{**PRUNE, "sparsity": 0.5}, TUNE])))
+    [error] = caught.value.errors()
+    assert error["ctx"]["error"].param == "stages[1].stages[0].sparsity"
 
 
 def test_text_is_asked_for(model: Path) -> None:

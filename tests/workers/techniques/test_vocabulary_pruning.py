@@ -31,7 +31,8 @@ from tests.workers.techniques.small_tokenizers import (
 from workers.architectures import Task
 from workers.certify import certify
 from workers.errors import UserError
-from workers.evaluation.retokenized import Pair, Piece, paired_windows
+from workers.evaluation.pieces import Pair, Piece
+from workers.evaluation.retokenized import paired_windows
 from workers.formats.tokenizer_json import TokenizerJson
 from workers.pipeline import compress
 
