@@ -19,6 +19,7 @@ from workers.engine.reshaping import reshape
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
+from workers.engine.student import make_student
 from workers.export import copy_companions, plain_config
 from workers.formats.parts import Parts
 from workers.recipe import Recipe
@@ -28,6 +29,7 @@ from workers.techniques import (
     GPTQ,
     Iterate,
     LayerOptions,
+    LogitDistillation,
     PruningOptions,
     QuantizationAwareFineTuning,
     StageOptions,
@@ -37,11 +39,13 @@ from workers.techniques import (
 )
 from workers.texts import Texts
 from workers.training.model import CHECKPOINT, opened_again
+from workers.training.seeds import seed_of
 from workers.training.stage import TrainingStage
 
 Progress = Callable[[int, str, int, int, float], None]  # stage, step, block, num_blocks, fraction of the stage
 Report = dict[str, Any]
 
+_MAKING_SHARE = 0.05  # of the time of a stage that makes a student and trains it, roughly
 _CODES = "codes"  # the folder with codes of a checkpoint that training begins with
 
 
@@ -89,7 +93,8 @@ class Preparation:
                 teacher, _ = self._change(teacher, teacher, stages, first, journal)
             skeleton, reports = self._change(skeleton, teacher, stages, first, journal)
             # What learned its task before anything was taken from it is what a student learns from.
-            if is_whole and isinstance(stages[0], TrainingOptions | VocabularyPruning):
+            is_student = isinstance(stages[0], LogitDistillation) and stages[0].reshapes
+            if is_whole and isinstance(stages[0], TrainingOptions | VocabularyPruning) and not is_student:
                 teacher = skeleton
             for index, report in enumerate(reports, first):
                 self.reports.append(report)
@@ -131,10 +136,25 @@ class Preparation:
                 skeleton, index, self._texts, journal, self._waiting_bytes, partial(self._progress, index)
             )
             skeleton, metrics = reshape(shaping, stage)
+        elif isinstance(stage, LogitDistillation) and stage.student is not None:
+            skeleton, metrics = self._make_and_train(skeleton, teacher, stage, index, journal)
         else:
             assert isinstance(stage, TrainingOptions)
             skeleton, metrics = self._train(skeleton, teacher, stage, index, journal)
         return skeleton, [_report(stage, metrics)]
+
+    def _make_and_train(
+        self, skeleton: Skeleton, teacher: Skeleton, stage: LogitDistillation, index: int, journal: Journal
+    ) -> tuple[Skeleton, dict[str, Any]]:
+        """Make the student of a stage, which is trained then; each has a journal of its own."""
+
+        def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
+            self._progress(index, step, block, num_blocks, _MAKING_SHARE * fraction)
+
+        shaping = Shaping(skeleton, index, self._texts, journal.inner("student"), self._waiting_bytes, progress)
+        student, told = make_student(shaping, stage, seed_of(self._recipe.seed, index, "student"))
+        skeleton, metrics = self._train(student, teacher, stage, index, journal.inner("training"))
+        return skeleton, {**metrics, "student": {**told, "teacher_num_parameters": teacher.num_parameters}}
 
     def _train(
         self,

@@ -10,9 +10,9 @@ from workers.architectures import architecture_of
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.shapes import config_after
-from workers.shapes.width import widths_of
+from workers.shapes.matrices import num_embedding_weights, num_weights_of_blocks
 from workers.sources.facts import ModelFacts
-from workers.techniques import MixedPrecision, TieEmbeddings, VocabularyPruning
+from workers.techniques import LogitDistillation, MixedPrecision, TieEmbeddings, VocabularyPruning
 
 
 def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
@@ -59,7 +59,7 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
     """
     stage, config = recipe.quantization, config_after(recipe.stages, facts.config)
     num_embeddings, num_others = _parts_left(recipe, facts, config)
-    num_parameters = num_embeddings + int(num_others * _part_of_weights_left(facts.config, config))
+    num_parameters = num_embeddings + num_others
     if stage is None or not recipe.stores_codes:
         is_dense = recipe.cast is None and "quantization_config" not in facts.config and not recipe.early_stages
         return max(2 * num_parameters, facts.parameter_bytes if is_dense else 0)
@@ -68,22 +68,21 @@ def _least_bytes(recipe: Recipe, facts: ModelFacts) -> int:
     return 2 * kept + (num_parameters - kept) * num_bits // 8
 
 
-def _num_embedding_weights(config: Mapping[str, Any]) -> int:
-    """Of the token embedding."""
-    return int(config["vocab_size"] * config[architecture_of(config).size("embedding_size")])
-
-
 def _parts_left(recipe: Recipe, facts: ModelFacts, after: Mapping[str, Any]) -> tuple[int, int]:
-    """Values of the embedding, and of all else with every block, that stages are sure to leave; ``after`` them."""
-    before = facts.config
-    architecture, matrix = architecture_of(before), _num_embedding_weights(before)
+    """Values of the embedding, and of all else, that stages are sure to leave; ``after`` them the config."""
+    before, techniques = facts.config, set(map(type, recipe.stages))
+    loses_tokens = VocabularyPruning in techniques  # how many stay, the text decides
+    num_embeddings = 0 if loses_tokens else num_embedding_weights(after)
+    if any(isinstance(stage, LogitDistillation) and stage.makes_new_type for stage in recipe.stages):
+        return num_embeddings, num_weights_of_blocks(after)
+    architecture, matrix = architecture_of(before), num_embedding_weights(before)
     head = 0 if architecture.task == "classification" or architecture.is_tied(before) else matrix
     num_others = facts.num_parameters - matrix
-    techniques = set(map(type, recipe.stages))
-    if VocabularyPruning in techniques:  # how many tokens stay, the text decides
-        bias = before["vocab_size"] if architecture.task == "masked" else 0
-        return 0, num_others - head - bias
-    return _num_embedding_weights(after), num_others - (head if TieEmbeddings in techniques else 0)
+    if loses_tokens:
+        num_others -= head + (before["vocab_size"] if architecture.task == "masked" else 0)
+    elif TieEmbeddings in techniques:
+        num_others -= head
+    return num_embeddings, int(num_others * _part_of_weights_left(before, after))
 
 
 def _part_of_weights_left(before: Mapping[str, Any], after: Mapping[str, Any]) -> float:
@@ -91,8 +90,7 @@ def _part_of_weights_left(before: Mapping[str, Any], after: Mapping[str, Any]) -
 
     1 where no stage changes the shape.
     """
-    architecture = architecture_of(before)
-    num_blocks, widths = architecture.size("num_hidden_layers"), (widths_of(before), widths_of(after))
-    in_block = widths[1].num_block_weights(architecture) / widths[0].num_block_weights(architecture)
-    channels = (widths[1].hidden_size / widths[0].hidden_size) ** 2
-    return float(after[num_blocks] / before[num_blocks] * min(in_block, channels))
+    size = architecture_of(before).size
+    of_blocks = num_weights_of_blocks(after) / num_weights_of_blocks(before)
+    fewer_blocks, channels = (after[size(name)] / before[size(name)] for name in ("num_hidden_layers", "hidden_size"))
+    return float(min(of_blocks, fewer_blocks * channels**2))

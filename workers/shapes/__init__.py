@@ -11,28 +11,32 @@ from typing import Any
 
 from workers.shapes.attention import config_of_a_window
 from workers.shapes.depth import config_of_fewer_blocks
+from workers.shapes.matrices import in_features
+from workers.shapes.student import config_of_student
 from workers.shapes.tying import config_of_one_matrix
 from workers.shapes.vocabulary import config_of_fewer_tokens
-from workers.shapes.width import config_of_smaller_widths, widths_of
+from workers.shapes.width import config_of_smaller_widths
 from workers.sources.facts import ModelFacts
 from workers.techniques import (
     DepthPruning,
     Iterate,
+    LogitDistillation,
     SlidingWindow,
     Stage,
-    StructureOptions,
+    StageOptions,
     TieEmbeddings,
     VocabularyPruning,
     WidthPruning,
 )
 
 # Of a stage, its index in the recipe and the config before it: the config after it, as far as it is known before.
-_RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
+_RULES: Mapping[type[StageOptions], Callable[[Any, int, Mapping[str, Any]], dict[str, Any]]] = {
     DepthPruning: config_of_fewer_blocks,
     WidthPruning: config_of_smaller_widths,
     VocabularyPruning: config_of_fewer_tokens,
     TieEmbeddings: config_of_one_matrix,
     SlidingWindow: config_of_a_window,
+    LogitDistillation: config_of_student,
 }
 
 
@@ -45,7 +49,7 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
     config = dict(config)
     for index, stage in enumerate(stages):
         inner = stage.pruning if isinstance(stage, Iterate) else stage
-        if isinstance(inner, StructureOptions):
+        if inner.reshapes:
             config = _RULES[type(inner)](inner, index, config)
     return config
 
@@ -57,6 +61,6 @@ def facts_after(stages: Sequence[Stage], facts: ModelFacts) -> ModelFacts:
         UserError: as :func:`config_after` says.
     """
     config = config_after(stages, facts.config)
-    if not any(isinstance(stage, WidthPruning) for stage in stages):
+    if not any(isinstance(stage, WidthPruning | LogitDistillation) and stage.reshapes for stage in stages):
         return replace(facts, config=config)
-    return replace(facts, config=config, linear_in_features=widths_of(config).in_features)
+    return replace(facts, config=config, linear_in_features=in_features(config))

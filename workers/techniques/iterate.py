@@ -65,6 +65,8 @@ class Iterate(StageOptions):
             raise OptionError("stages", "must prune with mask_structure unstructured: a part of an N:M mask is none")
         if isinstance(stage, DepthPruning) and stage.num_blocks is None:
             raise OptionError("stages", "must say num_blocks of depth_pruning, which are left out over all rounds")
+        if any(each.reshapes for each in self.training):
+            raise OptionError("stages", "must train the model that they prune: make a student in a stage of its own")
         if self.schedule is not None and "rounds" in self.model_fields_set and self.rounds != len(self.schedule):
             raise OptionError("rounds", f"must be left out, or {len(self.schedule)}, as schedule has it")
         return self
