@@ -68,7 +68,7 @@ def cuts_of(student: Student, config: Mapping[str, Any]) -> Sequence[DepthPrunin
         sizes = _sizes_left(wanted, architecture, config, widths)
         smaller = {name: size for name, size in sizes.items() if size < getattr(widths, name)}
         if smaller:
-            cuts.append(WidthPruning(importance=student.importance, **smaller))
+            cuts.append(WidthPruning.model_validate({"importance": student.importance, **smaller}))
     elif any(size is not None for size in wanted.values()):
         option = next(name for name, size in wanted.items() if size is not None)
         raise OptionError(option, f"must be left out: a {architecture.model_type} becomes smaller by num_layers alone")
