@@ -71,7 +71,7 @@ def digests(attempt: Attempt) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("roots") / "teacher"
-    sizes = {"num_hidden_layers": 3, "num_key_value_heads": 2, "intermediate_size": 128}
+    sizes: dict[str, Any] = {"num_hidden_layers": 3, "num_key_value_heads": 2, "intermediate_size": 128}
     write_tiny_model(folder, "llama", scale=4.0, tie_word_embeddings=True, **sizes)
     return folder
 
@@ -221,7 +221,8 @@ def test_a_student_of_every_type_opens_with_the_tokenizer_and_the_embedding_of_i
     assert student.num_parameters == told["num_parameters"] < told["original_num_parameters"]
     own = load_file(folder / "model.safetensors")[f"{student.architecture.embedding}.weight"]
     assert torch.equal(own, load_file(model / "model.safetensors")["model.embed_tokens.weight"])
-    opened, found = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    opened, found = loaded
     assert not any(found.values())
     assert opened.dtype == torch.bfloat16
     assert opened.config.eos_token_id == 0
