@@ -19,6 +19,7 @@ from workers.engine.reshaping import reshape
 from workers.engine.shaping import Shaping
 from workers.engine.skeleton import Skeleton
 from workers.engine.stream import Stream
+from workers.engine.student import make_student
 from workers.export import copy_companions, plain_config
 from workers.formats.parts import Parts
 from workers.recipe import Recipe
@@ -28,6 +29,7 @@ from workers.techniques import (
     GPTQ,
     Iterate,
     LayerOptions,
+    LogitDistillation,
     QuantizationAwareFineTuning,
     SparsityOptions,
     StageOptions,
@@ -37,12 +39,14 @@ from workers.techniques import (
 )
 from workers.texts import Texts
 from workers.training.model import CHECKPOINT, opened_again
+from workers.training.seeds import seed_of
 from workers.training.stage import TrainingStage
 
 Progress = Callable[[int, str, int, int, float], None]  # stage, step, block, num_blocks, fraction of the stage
 Report = dict[str, Any]
 Placed = tuple[str, StageOptions]  # a stage, and where it is in the recipe
 
+_MAKING_SHARE = 0.05  # of the time of a stage that makes a student and trains it, roughly
 _CODES = "codes"  # the folder with codes of a checkpoint that training begins with
 
 
@@ -93,7 +97,7 @@ class Preparation:
             skeleton, reports = self._change(skeleton, teacher, stages, first, journal)
             # What learned its task before anything was taken from it is what a student learns from.
             takes_nothing = isinstance(stage, TrainingOptions) and not isinstance(stage, SparsityOptions)
-            if is_whole and (takes_nothing or isinstance(stage, VocabularyPruning)):
+            if is_whole and ((takes_nothing and not stage.reshapes) or isinstance(stage, VocabularyPruning)):
                 teacher = skeleton
             for index, report in enumerate(reports, first):
                 self.reports.append(report)
@@ -137,12 +141,35 @@ class Preparation:
                 skeleton, param, self._texts, journal, self._waiting_bytes, partial(self._progress, index)
             )
             skeleton, metrics = reshape(shaping, stage)
+        elif isinstance(stage, LogitDistillation) and stage.student is not None:
+            skeleton, told = self._make_and_train(skeleton, teacher, stage, param, index, journal)
+            return skeleton, [{"technique": stage.technique, **told}]
         else:
             assert isinstance(stage, TrainingOptions)
             skeleton, told = self._train(skeleton, teacher, stage, param, index, journal)
             self.keeps_zeros |= isinstance(stage, SparsityOptions)
             return skeleton, [{"technique": stage.technique, **told}]
         return skeleton, [_report(stage, metrics)]
+
+    def _make_and_train(
+        self,
+        skeleton: Skeleton,
+        teacher: Skeleton,
+        stage: LogitDistillation,
+        param: str,
+        index: int,
+        journal: Journal,
+    ) -> tuple[Skeleton, dict[str, Any]]:
+        """Make the student of a stage, which is trained then; each has a journal of its own."""
+
+        def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
+            self._progress(index, step, block, num_blocks, _MAKING_SHARE * fraction)
+
+        shaping = Shaping(skeleton, param, self._texts, journal.inner("student"), self._waiting_bytes, progress)
+        student, made = make_student(shaping, stage, seed_of(self._recipe.seed, index, "student"))
+        skeleton, told = self._train(student, teacher, stage, param, index, journal.inner("training"))
+        made["teacher_num_parameters"] = teacher.num_parameters
+        return skeleton, {**told, "metrics": {**told["metrics"], "student": made}}
 
     def _train(
         self,

@@ -34,7 +34,10 @@ def check_size(folder: Path, source: dict[str, Any], recipe: Recipe) -> dict[str
     is_pruned = any(isinstance(stage, SparsityOptions) for stage in contained)
     # Training alone makes a model better, a window its cache smaller: neither has fewer weights. A window is proven by
     # itself; what is only trained has not more bytes either, as it would where the original's were codes.
-    keeps_weights = all(isinstance(stage, TrainingOptions | SlidingWindow) for stage in recipe.stages)
+    keeps_weights = all(
+        isinstance(stage, SlidingWindow) or (isinstance(stage, TrainingOptions) and not stage.reshapes)
+        for stage in recipe.stages
+    )
     is_as_large = artifact_bytes <= NEARLY_THE_SAME * original_bytes
     is_proven = has_few_values or is_pruned or (keeps_weights and (is_as_large or recipe.window is not None))
     if artifact_bytes >= original_bytes and recipe.stores_bitmasks:

@@ -10,8 +10,10 @@ from workers.techniques import (
     DistillationOptions,
     Iterate,
     LayerOptions,
+    LogitDistillation,
     MixedPrecision,
     QuantizationOptions,
+    SlidingWindow,
     SparsityOptions,
     Stage,
     StructureOptions,
@@ -93,14 +95,25 @@ def _check_order(stages: Sequence[Stage]) -> None:
     """Raise RecipeError ``stages_conflict`` where the model's shape changes after single weights were left out."""
     first: int | None = None
     for index, stage in enumerate(stages):
-        if isinstance(stage, StructureOptions) and first is not None:
+        if stage.reshapes and first is not None:
+            option = "technique" if isinstance(stage, StructureOptions) else "student"
             raise RecipeError(
                 "stages_conflict",
-                f"stages[{index}].technique",
+                f"stages[{index}].{option}",
                 f"{stage.technique} changes the model's shape; move it before stages[{first}]",
             )
         if first is None and isinstance(stage, LayerOptions | SparsityOptions | Iterate):
             first = index
+    techniques = [type(stage) for stage in stages]
+    for index, stage in enumerate(stages):
+        makes_new_type = isinstance(stage, LogitDistillation) and stage.makes_new_type
+        if makes_new_type and SlidingWindow in techniques[:index]:
+            raise RecipeError(
+                "stages_conflict",
+                f"stages[{index}].student.model_type",
+                "a student of another type does not take over the window; move sliding_window behind it, or leave it "
+                "out",
+            )
 
 
 def check_training(stages: Sequence[Stage], training: Training | None) -> None:

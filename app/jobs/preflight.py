@@ -44,8 +44,9 @@ def check(
             classes=_classes_of(submission.recipe, settings),
             timeout_seconds=settings.hub_timeout_seconds,
         )
-        check_format(submission.recipe, facts)
+        architecture_of(facts.config)  # which refuses what is not supported, before any stage is asked for its shape
         shaped = facts_after(submission.recipe.stages, facts)
+        check_format(submission.recipe, shaped)
         check_group_size(submission.recipe, shaped)
         check_embeddings(submission.recipe, shaped)
         check_budget(submission.recipe, facts)
@@ -90,9 +91,9 @@ def check_group_size(recipe: Recipe, facts: ModelFacts) -> None:
 
 
 def check_format(recipe: Recipe, facts: ModelFacts) -> None:
-    """Refuse an architecture that is not supported, or whose layers the output format cannot hold as codes.
+    """Refuse an architecture whose layers the output format cannot hold as codes.
 
-    Raises UserError ``unsupported_architecture``, ``unsupported_task`` or ``output_format_impossible``.
+    Raises UserError ``output_format_impossible``.
     """
     architecture = architecture_of(facts.config)
     if architecture.is_transposed and recipe.output.format == "compressed-tensors":
@@ -101,6 +102,14 @@ def check_format(recipe: Recipe, facts: ModelFacts) -> None:
             f"compressed-tensors packs linear layers, and those of {architecture.model_type} are convolutions.",
             param="recipe.output.format",
             hint="Set recipe.output.format to safetensors: values at full width, their packed size in the report.",
+        )
+    if not architecture.opens_packed and recipe.output.packing == "pack-quantized":
+        raise UserError(
+            "output_format_impossible",
+            f"transformers does not open a {architecture.model_type} whose layers are packed codes.",
+            param="recipe.output.format",
+            hint="Use a scheme that is not packed (NF4, FP8, W8A8); or set recipe.output.format to safetensors: values "
+            "at full width, their packed size in the report.",
         )
 
 

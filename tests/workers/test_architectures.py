@@ -26,6 +26,8 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64},
     "gpt_neox": {"intermediate_size": 128},
     "gpt2": {},
+    "mamba": {"scale": 4.0},
+    "mamba2": {"num_heads": 4, "head_dim": 32, "n_groups": 2, "state_size": 16, "chunk_size": 32},
 }
 # Layers of the usual spread would change the logits of a model whose norms come after them by less than their rounding.
 OPT_350M = {"ffn_dim": 128, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "init_std": 0.1}
@@ -48,7 +50,7 @@ VARIANTS: dict[str, tuple[str, Task, dict[str, Any]]] = {
 # The rest of the tests run on Llamas, and these go the same ways.
 LIKE_OTHERS = {
     "llama", "llama-untied", "llama-bias", "qwen2", "gpt_neox-serial",
-    "roberta-classes", "distilbert-masked", "bert-untied", "roberta-untied", "bert-chunked",
+    "mamba2", "roberta-classes", "distilbert-masked", "bert-untied", "roberta-untied", "bert-chunked",
 }  # fmt: skip
 SPARSE_INT4: list[dict[str, Any]] = [
     {"technique": "sparsegpt", "sparsity": 0.3},
@@ -92,6 +94,9 @@ def test_a_result_gives_the_logits_that_were_computed(
     model_type, task, config = VARIANTS[variant]
     row = ARCHITECTURES[model_type, task]
     recipe: dict[str, Any] = {"stages": stages}
+    has_words = any(stage.get("scheme") in ("W4A16", "W8A16") for stage in stages)
+    if not row.opens_packed and has_words:
+        recipe["output"] = {"format": "safetensors"}
     if row.is_transposed and stages[0].get("scheme") != "NF4":
         recipe["output"] = {"format": "safetensors"}
         if stages[0]["technique"] in ("smoothquant", "dynamic_int8") or stages[0].get("scheme") == "FP8":

@@ -12,10 +12,11 @@ from typing import Any
 from workers.architectures.architecture import Architecture, Producer, Task
 from workers.architectures.decoders import DECODERS
 from workers.architectures.encoders import ENCODERS
+from workers.architectures.recurrent import RECURRENT
 from workers.errors import UserError
 
 ARCHITECTURES: Mapping[tuple[str, Task], Architecture] = {
-    (row.model_type, row.task): row for row in (*DECODERS, *ENCODERS)
+    (row.model_type, row.task): row for row in (*DECODERS, *RECURRENT, *ENCODERS)
 }
 # What transformers opens a model with that is for each task.
 AUTO_CLASSES: Mapping[Task, str] = {

@@ -42,14 +42,17 @@ class Architecture:
     other_heads: tuple[str, ...] = ()  # beginnings of names of what the model would be trained with for another task
     renamed_ends: Mapping[str, str] = field(default_factory=dict)  # of names in old checkpoints
     is_transposed: bool = False  # linear weights lie in_features × out_features, as Conv1D has them
-    # Linear layers of one block, in order of execution; those in one group read the same input. There are four groups:
-    # what makes queries, keys and values, what reads heads, what makes FFN neurons, and what reads them.
+    # Linear layers of one block, in order of execution; those in one group read the same input. Blocks with attention
+    # have four groups: what makes queries, keys and values, what reads heads, what makes FFN neurons, and what reads
+    # them.
     linear_groups: tuple[tuple[str, ...], ...] = (
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
         ("self_attn.o_proj",),
         ("mlp.gate_proj", "mlp.up_proj"),
         ("mlp.down_proj",),
     )
+    is_recurrent: bool = False  # blocks have a state in place of attention: no heads of it, no FFN, no positions
+    opens_packed: bool = True  # transformers opens it where layers have words of codes in place of a weight
     # How queries, keys and values lie in the rows of the first group: a layer for each, one layer with one after the
     # other, or one with the three of each head together.
     attention_rows: AttentionRows = "separate"
@@ -94,7 +97,7 @@ class Architecture:
 
     def max_positions(self, config: Mapping[str, Any]) -> int | None:
         """Tokens of the longest sequence that the model was made for; None where config.json sets no limit."""
-        positions = config.get(self.size("max_position_embeddings"))
+        positions = None if self.is_recurrent else config.get(self.size("max_position_embeddings"))
         if not positions or not self.positions_follow_padding:
             return positions or None
         return int(positions) - int(config.get("pad_token_id") or 0) - 1

@@ -264,13 +264,17 @@ def empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
     try:
         stored = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
         own = type(stored) if checkpoint.has_stored_type else CONFIG_MAPPING[checkpoint.config["model_type"]]
-        config: Any = own.from_dict(copy.deepcopy(checkpoint.config))  # it fills in what is nested
+        # It fills in what is nested; infinity, for which JSON has no number, is written as an object.
+        config: Any = own.from_dict(own._decode_special_floats(copy.deepcopy(checkpoint.config)))
         if getattr(config, "quantization_config", None) is not None:
             del config.quantization_config
         # The same in one piece: a pass stops once at each layer.
         config.chunk_size_feed_forward = 0
+        attention = None if architecture.is_recurrent else "sdpa"
         with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
+            model = auto.from_config(
+                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
+            )
     except Exception as error:
         # Whatever transformers makes of a config that describes no model: the config is the user's.
         logger.exception("config.json describes no model")

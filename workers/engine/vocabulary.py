@@ -43,7 +43,7 @@ def leave_out_tokens(shaping: Shaping, stage: VocabularyPruning) -> tuple[Checkp
     tokens = _tokens_of(tokenizer, shaping.param)
     counts = {int(index): count for index, count in journal.once("counts", lambda: _count(shaping, tokenizer)).items()}
     # Ids that config.json is silent on become other numbers too.
-    config = {**checkpoint.config, **_ids_by_default(skeleton)}
+    config = {**checkpoint.config, **ids_by_default(skeleton)}
     settings = _generation_settings(checkpoint)
     named = {*named_ids(config), *named_ids(settings)}
     kept = sorted(_Choice(shaping, stage, tokens, named).make(counts))
@@ -172,7 +172,7 @@ def _tokens_of(tokenizer: Any, param: str) -> TokenizerJson:
     )
 
 
-def _ids_by_default(skeleton: Skeleton) -> dict[str, Any]:
+def ids_by_default(skeleton: Skeleton) -> dict[str, Any]:
     """Ids of tokens that config.json is silent on, and that a model of this type has all the same."""
     config, num_rows = skeleton.checkpoint.config, int(skeleton.checkpoint.config["vocab_size"])
     defaults = {key: value for key, value in skeleton.model.config.to_dict().items() if key.endswith("_token_id")}

@@ -11,15 +11,18 @@ from typing import Any
 
 from workers.shapes.attention import config_of_a_window
 from workers.shapes.depth import config_of_fewer_blocks
+from workers.shapes.matrices import in_features
+from workers.shapes.student import config_of_student
 from workers.shapes.tying import config_of_one_matrix
 from workers.shapes.vocabulary import config_of_fewer_tokens
-from workers.shapes.width import config_of_smaller_widths, widths_of
+from workers.shapes.width import config_of_smaller_widths
 from workers.sources.facts import ModelFacts
 from workers.techniques import (
     DepthPruning,
+    LogitDistillation,
     SlidingWindow,
     Stage,
-    StructureOptions,
+    StageOptions,
     TieEmbeddings,
     VocabularyPruning,
     WidthPruning,
@@ -27,12 +30,13 @@ from workers.techniques import (
 )
 
 # Of a stage, where it is in the recipe, and the config before it: the config after it, as far as it is known before.
-_RULES: Mapping[type[StructureOptions], Callable[[Any, str, Mapping[str, Any]], dict[str, Any]]] = {
+_RULES: Mapping[type[StageOptions], Callable[[Any, str, Mapping[str, Any]], dict[str, Any]]] = {
     DepthPruning: config_of_fewer_blocks,
     WidthPruning: config_of_smaller_widths,
     VocabularyPruning: config_of_fewer_tokens,
     TieEmbeddings: config_of_one_matrix,
     SlidingWindow: config_of_a_window,
+    LogitDistillation: config_of_student,
 }
 
 
@@ -44,7 +48,7 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
     """
     config = dict(config)
     for param, stage in placed(stages):
-        if isinstance(stage, StructureOptions):
+        if stage.reshapes:
             config = _RULES[type(stage)](stage, param, config)
     return config
 
@@ -56,6 +60,6 @@ def facts_after(stages: Sequence[Stage], facts: ModelFacts) -> ModelFacts:
         UserError: as :func:`config_after` says.
     """
     config = config_after(stages, facts.config)
-    if not any(isinstance(stage, WidthPruning) for stage in stages):
+    if not any(isinstance(stage, WidthPruning | LogitDistillation) and stage.reshapes for stage in stages):
         return replace(facts, config=config)
-    return replace(facts, config=config, linear_in_features=widths_of(config).in_features)
+    return replace(facts, config=config, linear_in_features=in_features(config))

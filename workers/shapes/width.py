@@ -24,20 +24,9 @@ class Widths:
     head_dim: int
 
     @property
-    def in_features(self) -> tuple[int, ...]:
-        """The distinct numbers of columns of the blocks' linear layers, sorted."""
-        return tuple(sorted({self.hidden_size, self.num_attention_heads * self.head_dim, self.intermediate_size}))
-
-    @property
     def queries_a_group(self) -> int:
         """How many query heads read one key-value head."""
         return self.num_attention_heads // self.num_key_value_heads
-
-    def num_block_weights(self, architecture: Architecture) -> int:
-        """Of the linear layers of one block."""
-        heads = 2 * self.num_attention_heads + 2 * self.num_key_value_heads
-        has_gates = architecture.gates_are_stacked or len(architecture.linear_groups[2]) == 2
-        return self.hidden_size * (heads * self.head_dim + (3 if has_gates else 2) * self.intermediate_size)
 
 
 def widths_of(config: Mapping[str, Any]) -> Widths:
@@ -62,10 +51,19 @@ def config_of_smaller_widths(stage: WidthPruning, param: str, config: Mapping[st
     """The config with the sizes that the stage, at ``param``, leaves.
 
     Raises:
-        UserError: ``invalid_value``, or ``invalid_config`` where heads do not divide the sizes that the model has.
+        UserError: ``invalid_value``; ``unsupported_architecture`` for blocks without heads and an FFN; or
+            ``invalid_config`` where heads do not divide the sizes that the model has.
     """
-    architecture, before = architecture_of(config), widths_of(config)
-    is_bound = _binds_heads(architecture, config)
+    architecture = architecture_of(config)
+    if architecture.is_recurrent:
+        raise UserError(
+            "unsupported_architecture",
+            f"A {architecture.model_type} has no attention heads and no FFN to leave a part of out.",
+            param=f"{param}.technique",
+            hint="Use depth_pruning, or distil into a student of another shape.",
+        )
+    before = widths_of(config)
+    is_bound = binds_heads(architecture, config)
     if before.num_attention_heads % before.num_key_value_heads or (
         is_bound and before.num_attention_heads * before.head_dim != before.hidden_size
     ):
@@ -100,7 +98,7 @@ def _widths_left(stage: WidthPruning, architecture: Architecture, config: Mappin
     neurons = stage.size_left(stage.intermediate_option, before.intermediate_size, stage.multiple_of)
     groups = stage.size_left(stage.heads_option, before.num_key_value_heads, 1)
     num_heads = groups * before.queries_a_group
-    if _binds_heads(architecture, config):
+    if binds_heads(architecture, config):
         hidden_size = _bound_hidden_size(stage, architecture, before, num_heads)
     else:
         divisor = num_heads if architecture.hidden_is_multiple_of_heads else 1
@@ -159,7 +157,7 @@ def _bound_hidden_size(stage: WidthPruning, architecture: Architecture, before: 
     )
 
 
-def _binds_heads(architecture: Architecture, config: Mapping[str, Any]) -> bool:
+def binds_heads(architecture: Architecture, config: Mapping[str, Any]) -> bool:
     """Whether a head is as wide as ``hidden_size`` divided by the number of heads, whatever else config.json says."""
     if not architecture.has_head_dim:
         return True

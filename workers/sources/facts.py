@@ -21,6 +21,7 @@ _SIZES = (
     "hidden_size", "embedding_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size",
 )  # fmt: skip
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "max_position_embeddings", "sliding_window")
+_SIZES_OF_ATTENTION = ("intermediate_size", "num_attention_heads")
 _MAX_LABELS = 10_000  # transformers makes a name for each
 _DTYPES = ("float16", "bfloat16", "float32", "float64", "auto")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -98,8 +99,9 @@ def linear_in_features(config: Mapping[str, Any], tensors: Mapping[str, TensorIn
     if row is None:
         return ()
     widths = set()
+    layers = tuple(f".{layer}{end}" for layer in row.linear_layers for end in (".weight", _PACKED))
     for name, tensor in tensors.items():
-        if name.startswith(row.blocks + ".") and len(tensor.shape) == 2:
+        if name.startswith(row.blocks + ".") and name.endswith(layers) and len(tensor.shape) == 2:
             if name.endswith(_PACKED):
                 widths.add(tensor.shape[1] * _codes_a_word(config))
             elif name.endswith(".weight"):
@@ -120,10 +122,11 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
     row = row_of(config)
     if row is None:
         return
-    for size in (*_SIZES, *_OPTIONAL_SIZES):
+    optional = {*_OPTIONAL_SIZES, *(_SIZES_OF_ATTENTION if row.is_recurrent else ())}
+    for size in dict.fromkeys((*_SIZES, *_OPTIONAL_SIZES, *row.default_sizes)):
         key = row.size(size)
-        value = config.get(key)
-        if value is None and (size in _OPTIONAL_SIZES or key == "n_inner"):
+        value = config.get(key, row.default_sizes.get(size))
+        if value is None and (size in optional or key == "n_inner"):
             continue
         if type(value) is not int or not 1 <= value <= _MAX_DIMENSION:
             raise _invalid(f"{key} in config.json is not a positive number of a sensible size")

@@ -69,6 +69,12 @@ class Iterate(StageOptions):
             raise OptionError(f"{place}.mask_structure", "must be unstructured: a part of an N:M mask is none")
         if isinstance(stage, DepthPruning) and stage.num_blocks is None:
             raise OptionError(f"{place}.num_blocks", "must be given: so many are left out over all rounds")
+        for number, each in enumerate(self.stages):
+            if each.reshapes and each is not stage:
+                raise OptionError(
+                    f"stages[{number}].student",
+                    "must be left out: rounds train the model that they prune; make a student in a stage of its own",
+                )
         if self.schedule is not None and "rounds" in self.model_fields_set and self.rounds != len(self.schedule):
             raise OptionError("rounds", f"must be left out, or {len(self.schedule)}, as schedule has it")
         return self

@@ -44,6 +44,11 @@ class StageOptions(BaseModel):
         return self.statistics
 
     @property
+    def reshapes(self) -> bool:
+        """Whether the model has another shape after the stage."""
+        return False
+
+    @property
     def relative_time(self) -> float:
         """How long a stage before those takes, roughly, where compressing layers and writing the artifact takes 1."""
         return 0.01

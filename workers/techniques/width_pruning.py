@@ -7,9 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from workers.techniques.options import Kind, OptionError, Statistic
-from workers.techniques.structure_options import StructureOptions
-
-Importance = Literal["activations", "magnitude"]
+from workers.techniques.structure_options import Importance, StructureOptions
 
 # Each size and the same as a fraction of the model's own.
 _PAIRS = (

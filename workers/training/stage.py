@@ -146,7 +146,8 @@ class TrainingStage:
     def _samples(self, tokenizer: Any, teacher: Callable[[], Whole]) -> Samples:
         """The text as token ids: made once, and found again by an attempt that goes on."""
         stage = self.stage
-        length = min(stage.max_seq_length, self.student.checkpoint.max_positions)
+        # The teacher may be of another type, with another number of positions.
+        length = min(stage.max_seq_length, *(each.checkpoint.max_positions for each in (self.student, self.teacher)))
 
         def write(folder: Path) -> None:
             synthetic = stage.synthetic if isinstance(stage, DistillationOptions) else None

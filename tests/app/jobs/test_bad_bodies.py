@@ -20,6 +20,8 @@ WIDTH = {"technique": "width_pruning"}
 # 48 channels, 32 columns of heads and 96 neurons are left of 64, 64 and 128.
 NARROW = {**WIDTH, "hidden_size": 48, "num_key_value_heads": 1, "intermediate_size": 96}
 TOKENS = {"technique": "vocabulary_pruning"}
+DISTIL = {"technique": "logit_distillation", "synthetic": {"num_samples": 8}}
+MAMBA = {"model_type": "mamba", "num_layers": 1, "hidden_size": 64}
 WINDOW = {"technique": "sliding_window"}
 TUNING = {"technique": "fine_tuning"}
 
@@ -93,6 +95,24 @@ def rounds(*stages: dict[str, Any]) -> dict[str, Any]:
             [NARROW, {**PRUNING, "mask_structure": "2:64"}],
             "mask_structure_fits_no_layer",
             "recipe.stages[1].mask_structure",
+        ),
+        ([{**DISTIL, "student": {}}], "invalid_value", "recipe.stages[0].student.num_layers"),
+        ([{**DISTIL, "student": {"num_heads": 8}}], "invalid_value", "recipe.stages[0].student.num_heads"),
+        ([{**DISTIL, "student": {"num_heads": 3}}], "invalid_value", "recipe.stages[0].student.num_heads"),
+        ([{**DISTIL, "student": {"hidden_size": 30}}], "invalid_value", "recipe.stages[0].student.hidden_size"),
+        (
+            [{**DISTIL, "student": {**MAMBA, "num_layers": 50}}],
+            "invalid_value",
+            "recipe.stages[0].student.hidden_size",
+        ),
+        ([{**DISTIL, "student": {"model_type": "rwkv"}}], "invalid_value", "recipe.stages[0].student.model_type"),
+        ([{**DISTIL, "student": {**MAMBA, "heads": 2}}], "unknown_field", "recipe.stages[0].student.heads"),
+        ([PRUNING, {**DISTIL, "student": MAMBA}], "stages_conflict", "recipe.stages[1].student"),
+        ([{**DISTIL, "student": MAMBA}, NARROW], "unsupported_architecture", "recipe.stages[1].technique"),
+        (
+            [{**DISTIL, "student": MAMBA}, {**GPTQ, "group_size": 32}],
+            "output_format_impossible",
+            "recipe.output.format",
         ),
         ([WINDOW], "invalid_value", "recipe.stages[0].window"),
         ([{**WINDOW, "window": 7}], "invalid_value", "recipe.stages[0].window"),

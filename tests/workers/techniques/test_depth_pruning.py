@@ -46,6 +46,8 @@ SHAPES: dict[str, tuple[Task, dict[str, Any]]] = {
     "opt": ("causal", {"ffn_dim": 128, "word_embed_proj_dim": 64}),
     "gpt_neox": ("causal", {"intermediate_size": 128}),
     "gpt2": ("causal", {}),
+    "mamba": ("causal", {"scale": 4.0}),
+    "mamba2": ("causal", {"num_heads": 4, "head_dim": 32, "n_groups": 2, "state_size": 16, "chunk_size": 32}),
     "bert": ("masked", {"intermediate_size": 128, "scale": 8.0}),
     "roberta": ("classification", {"intermediate_size": 128, "scale": 8.0, "num_labels": 3}),
     "distilbert": ("classification", {"dim": 64, "hidden_dim": 128, "n_heads": 4, "scale": 8.0, "num_labels": 3}),

@@ -224,7 +224,9 @@ def cases() -> list[tuple[str, tuple[str, ...]]]:
 
 
 def test_every_architecture_is_tried() -> None:
-    assert {(model_type, task) for model_type, task, _ in SHAPES.values()} == set(ARCHITECTURES)
+    assert {(model_type, task) for model_type, task, _ in SHAPES.values()} == {
+        known for known, row in ARCHITECTURES.items() if not row.is_recurrent
+    }
 
 
 @pytest.mark.usefixtures("exact_products")
