@@ -7,12 +7,13 @@ from typing import Any
 
 from app.jobs.schemas import JobSubmission
 from workers.architectures import architecture_of
+from workers.architectures.compact import compact_of
 from workers.errors import UserError
 from workers.recipe import Recipe
 from workers.shapes import config_after
 from workers.shapes.width import widths_of
 from workers.sources.facts import ModelFacts
-from workers.techniques import MixedPrecision, TieEmbeddings, VocabularyPruning
+from workers.techniques import LowRank, MixedPrecision, TieEmbeddings, VocabularyPruning
 
 
 def check_budget(recipe: Recipe, facts: ModelFacts) -> None:
@@ -75,11 +76,12 @@ def _num_embedding_weights(config: Mapping[str, Any]) -> int:
 
 def _parts_left(recipe: Recipe, facts: ModelFacts, after: Mapping[str, Any]) -> tuple[int, int]:
     """Values of the embedding, and of all else with every block, that stages are sure to leave; ``after`` them."""
-    before = facts.config
+    before, techniques = facts.config, set(map(type, recipe.stages))
     architecture, matrix = architecture_of(before), _num_embedding_weights(before)
+    if LowRank in techniques:  # what is left of layers, their values decide
+        return (_num_embedding_weights(after) if VocabularyPruning not in techniques else 0), 0
     head = 0 if architecture.task == "classification" or architecture.is_tied(before) else matrix
     num_others = facts.num_parameters - matrix
-    techniques = set(map(type, recipe.stages))
     if VocabularyPruning in techniques:  # how many tokens stay, the text decides
         bias = before["vocab_size"] if architecture.task == "masked" else 0
         return 0, num_others - head - bias
@@ -95,4 +97,5 @@ def _part_of_weights_left(before: Mapping[str, Any], after: Mapping[str, Any]) -
     num_blocks, widths = architecture.size("num_hidden_layers"), (widths_of(before), widths_of(after))
     in_block = widths[1].num_block_weights(architecture) / widths[0].num_block_weights(architecture)
     channels = (widths[1].hidden_size / widths[0].hidden_size) ** 2
-    return float(after[num_blocks] / before[num_blocks] * min(in_block, channels))
+    num_stored = [config[num_blocks] - len(compact_of(config).sources) for config in (before, after)]
+    return float(num_stored[1] / num_stored[0] * min(in_block, channels))

@@ -15,7 +15,8 @@ from workers.engine.by_block import ByBlock
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.context import longest_context
 from workers.evaluation.size import weights_bytes
-from workers.formats.opening import Opened, check_loads, expand_archive, open_archive, open_checkpoint
+from workers.formats import opening
+from workers.formats.opening import Opened, check_loads, expand_archive, open_checkpoint
 from workers.memory import free_bytes, waiting_bytes
 from workers.recipe import Recipe
 
@@ -114,7 +115,7 @@ def open_artifact(work: Path, ways: Ways, recipe: Recipe, device: torch.device) 
     """
     folder = work / "artifact"
     if ways.artifact == "whole":
-        return (open_archive if recipe.stores_bitmasks else open_checkpoint)(folder, device)
+        return opening.open_artifact(folder, device)
     if recipe.stores_bitmasks:
         remove_expanded(work)
         expand_archive(folder, work / _EXPANDED)

@@ -11,6 +11,7 @@ from typing import Any
 
 from workers.shapes.attention import config_of_a_window
 from workers.shapes.depth import config_of_fewer_blocks
+from workers.shapes.sharing import check_compact, config_of_shared_blocks
 from workers.shapes.tying import config_of_one_matrix
 from workers.shapes.vocabulary import config_of_fewer_tokens
 from workers.shapes.width import config_of_smaller_widths, widths_of
@@ -18,6 +19,7 @@ from workers.sources.facts import ModelFacts
 from workers.techniques import (
     DepthPruning,
     Iterate,
+    ShareLayers,
     SlidingWindow,
     Stage,
     StructureOptions,
@@ -32,6 +34,7 @@ _RULES: Mapping[type[StructureOptions], Callable[[Any, int, Mapping[str, Any]], 
     WidthPruning: config_of_smaller_widths,
     VocabularyPruning: config_of_fewer_tokens,
     TieEmbeddings: config_of_one_matrix,
+    ShareLayers: config_of_shared_blocks,
     SlidingWindow: config_of_a_window,
 }
 
@@ -44,6 +47,7 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
     """
     config = dict(config)
     for index, stage in enumerate(stages):
+        check_compact(stage, index, config)
         inner = stage.pruning if isinstance(stage, Iterate) else stage
         if isinstance(inner, StructureOptions):
             config = _RULES[type(inner)](inner, index, config)

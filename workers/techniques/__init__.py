@@ -14,6 +14,7 @@ from workers.techniques.fine_tuning import FineTuning
 from workers.techniques.gptq import GPTQ
 from workers.techniques.iterate import Iterate
 from workers.techniques.logit_distillation import LogitDistillation
+from workers.techniques.low_rank import LowRank
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
 from workers.techniques.options import LayerOptions, StageOptions
@@ -21,6 +22,7 @@ from workers.techniques.pruning_options import PruningOptions
 from workers.techniques.quantization_aware_finetuning import QuantizationAwareFineTuning
 from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.round_to_nearest import RoundToNearest
+from workers.techniques.share_layers import ShareLayers
 from workers.techniques.sliding_window import SlidingWindow
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
@@ -45,7 +47,9 @@ Stage = Annotated[
     | WidthPruning
     | VocabularyPruning
     | TieEmbeddings
+    | ShareLayers
     | SlidingWindow
+    | LowRank
     | LogitDistillation
     | FineTuning
     | QuantizationAwareFineTuning
@@ -68,12 +72,14 @@ __all__ = [
     "Iterate",
     "LayerOptions",
     "LogitDistillation",
+    "LowRank",
     "Magnitude",
     "MixedPrecision",
     "PruningOptions",
     "QuantizationAwareFineTuning",
     "QuantizationOptions",
     "RoundToNearest",
+    "ShareLayers",
     "SlidingWindow",
     "SmoothQuant",
     "SparseGPT",
