@@ -53,6 +53,7 @@ class RecipeError(ValueError):
 
 def check_stages(stages: Sequence[Stage], output: Output) -> None:
     """Raise RecipeError where the stages do not fit each other or the output."""
+    _check_compact(stages, output)
     _check_order(stages)
     quantizing = [index for index, stage in enumerate(stages) if isinstance(stage, QuantizationOptions)]
     if len(quantizing) > 1:
@@ -66,7 +67,6 @@ def check_stages(stages: Sequence[Stage], output: Output) -> None:
             "nothing can follow quantization; move this stage before it",
         )
     _check_sparsities(stages)
-    _check_compact(stages, output)
     quantization = next((stage for stage in stages if isinstance(stage, QuantizationOptions)), None)
     if output.format in ("compressed-tensors", "bitsandbytes") and quantization is None:
         raise RecipeError(

@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from workers.architectures import AUTO_CLASSES, Architecture, Producer
+from workers.architectures import Architecture, Producer
 from workers.architectures.compact import compact_of, is_transposed
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.empty_model import empty_model
 from workers.engine.forward import ForwardPass
 from workers.engine.holdings import MemoryBudget
 from workers.errors import UserError
-from workers.formats.load_compact import compact_class, factor_layers
-
-logger = logging.getLogger(__name__)
 
 
 class Skeleton:
@@ -287,35 +280,3 @@ def _wrong_shape(name: str, found: list[int], wanted: list[int]) -> UserError:
 
 def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
     return hidden_states
-
-
-def empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
-    """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
-    auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
-    try:
-        stored = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        own = type(stored) if checkpoint.has_stored_type else CONFIG_MAPPING[checkpoint.config["model_type"]]
-        config: Any = own.from_dict(copy.deepcopy(checkpoint.config))  # it fills in what is nested
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
-        # The same in one piece: a pass stops once at each layer.
-        config.chunk_size_feed_forward = 0
-        with init_empty_weights(include_buffers=False):
-            model = auto.from_config(config, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=False)
-            if compact_of(checkpoint.config):
-                factor_layers(model)
-                model.__class__ = compact_class(type(model))  # whoever makes another of its kind gets factors too
-    except Exception as error:
-        # Whatever transformers makes of a config that describes no model: the config is the user's.
-        logger.exception("config.json describes no model")
-        raise UserError(
-            "invalid_config",
-            f"config.json describes no model that transformers can build: {_first_line(error)}",
-            param="model.id",
-            hint="Compare config.json with the one that the checkpoint was saved with.",
-        ) from error
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

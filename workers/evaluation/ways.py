@@ -17,6 +17,7 @@ from workers.evaluation.context import longest_context
 from workers.evaluation.size import weights_bytes
 from workers.formats import opening
 from workers.formats.opening import Opened, check_loads, expand_archive, open_checkpoint
+from workers.formats.shipped_loader import name_of_loader
 from workers.memory import free_bytes, waiting_bytes
 from workers.recipe import Recipe
 
@@ -136,8 +137,8 @@ def _whole_artifact_bytes(folder: Path, recipe: Recipe, original_bytes: int) -> 
     stored = weights_bytes(folder)
     if recipe.output.format == "bitsandbytes":
         return 2 * stored  # codes stay codes; all else is stored in 16 bits
-    # Codes are there until they are decoded, bitmasks and values until they are expanded.
-    return original_bytes + (stored if recipe.stores_codes or recipe.stores_bitmasks else 0)
+    # Codes are there until they are decoded; a loader that lies in the artifact has read all before it makes the model.
+    return original_bytes + (stored if recipe.stores_codes or name_of_loader(folder) else 0)
 
 
 def _reading_bytes(folder: Path, recipe: Recipe, original_bytes: int) -> tuple[int, int]:

@@ -69,7 +69,7 @@ def check_compact(stage: StageOptions, index: int, config: Mapping[str, Any]) ->
     if compact and isinstance(inner, DepthPruning | WidthPruning | ShareLayers | LowRank):
         what = "factors of low rank" if compact.ranks else "shared parameters"
         problem = f"blocks with {what} cannot be cut, shared or factored any more"
-    elif compact.sources and isinstance(inner, LayerOptions) and inner.needs:
+    elif compact.sources and isinstance(inner, LayerOptions) and (inner.needs or inner.plan_share):
         problem = "shared parameters have several inputs, and it fits them to the calibration text of one"
     elif compact.sources and isinstance(inner, QuantizationAwareFineTuning):
         problem = "it would round shared parameters once for each block"

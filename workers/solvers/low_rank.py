@@ -28,16 +28,26 @@ class Spectrum:
         return float(self.energies[rank:].sum()) / total if total > 0 else 0.0
 
 
-def spectrum(weight: Tensor, hessian: Tensor, *, damping: float) -> Spectrum:
-    """The singular values of W·S, squared, and its left singular vectors, with S·Sᵀ = H + damping.
+def whitening(hessian: Tensor, *, damping: float) -> Tensor:
+    """S with S·Sᵀ = H + damping: float64, in_features × in_features; H = XᵀX over the number of tokens.
 
-    ``weight`` is W (out_features × in_features), ``hessian`` H = XᵀX over the number of tokens. With the whitening S,
-    an error of W·S is one of the output (Wang et al. 2024, arXiv:2403.07378, section 3.1). S comes from H's
-    eigenvectors, which a singular H has too. ``damping`` times the mean of H's diagonal is added to the diagonal: what
-    calibration text never shows still counts for something.
+    S comes from H's eigenvectors, which a singular H has too. ``damping`` times the mean of H's diagonal is added to
+    the diagonal: what calibration text never shows still counts for something.
     """
-    whitened = weight.to(torch.float64) @ _root(hessian.to(torch.float64), damping)
-    directions, values, _ = torch.linalg.svd(whitened, full_matrices=False)
+    mean = float(hessian.diagonal().mean())
+    values, vectors = torch.linalg.eigh(hessian.to(torch.float64))
+    values = values.clamp(min=0) + (damping * mean if mean > 0 else 1.0)
+    root: Tensor = vectors * values.sqrt()
+    return root
+
+
+def spectrum(weight: Tensor, root: Tensor) -> Spectrum:
+    """The singular values of W·S, squared, and its left singular vectors.
+
+    ``weight`` is W (out_features × in_features), ``root`` S of :func:`whitening`, under which an error of W·S is one of
+    the output (Wang et al. 2024, arXiv:2403.07378, section 3.1).
+    """
+    directions, values, _ = torch.linalg.svd(weight.to(torch.float64) @ root, full_matrices=False)
     return Spectrum(directions, values.square())
 
 
@@ -65,12 +75,3 @@ def rank_for(ratio: float, rows: int, columns: int) -> float:
 def largest_rank(rows: int, columns: int) -> int:
     """The largest rank at which two factors have fewer weights than rows × columns; 0 where there is none."""
     return math.ceil(rows * columns / (rows + columns)) - 1
-
-
-def _root(hessian: Tensor, damping: float) -> Tensor:
-    """S with S·Sᵀ = H + damping (float64, in_features × in_features)."""
-    mean = float(hessian.diagonal().mean())
-    values, vectors = torch.linalg.eigh(hessian)
-    values = values.clamp(min=0) + (damping * mean if mean > 0 else 1.0)
-    root: Tensor = vectors * values.sqrt()
-    return root

@@ -79,7 +79,7 @@ class LowRank(LayerOptions):
 
         hessian = layer.statistics.hessian
         rows, columns = layer.weight.shape
-        found = spectrum(layer.weight, hessian, damping=self.damping)
+        found = spectrum(layer.weight, layer.statistics.whitening(self.damping))
         rank = self._rank_of(layer, found)
         if rank > largest_rank(rows, columns):
             layer.fall_back("not_smaller", f"left as it is: of rank {rank} it would have no fewer weights")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.solvers.low_rank import factors, largest_rank, product, rank_for, spectrum
+from workers.solvers.low_rank import factors, largest_rank, product, rank_for, spectrum, whitening
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 
@@ -27,7 +27,7 @@ def output_error(weight: Tensor, other: Tensor, inputs: Tensor) -> float:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_error_is_the_energy_of_the_discarded_singular_values(shape: tuple[int, int]) -> None:
     weight, inputs, hessian = problem(*shape)
-    found = spectrum(weight, hessian, damping=0.0)
+    found = spectrum(weight, whitening(hessian, damping=0.0))
     whole = output_error(weight, torch.zeros_like(weight), inputs)
     for rank in (1, 7, 20):
         out_factor, in_factor = factors(weight, found, rank)
@@ -42,7 +42,7 @@ def test_the_error_is_the_energy_of_the_discarded_singular_values(shape: tuple[i
 def test_no_factors_of_that_rank_err_less(shape: tuple[int, int]) -> None:
     """The outputs themselves, cut to the rank by their own SVD, are the least error there is: Eckart and Young."""
     weight, inputs, hessian = problem(*shape)
-    ours = product(*factors(weight, spectrum(weight, hessian, damping=0.0), 8))
+    ours = product(*factors(weight, spectrum(weight, whitening(hessian, damping=0.0)), 8))
     values = torch.linalg.svdvals((weight @ inputs.T).double())
     assert output_error(weight, ours, inputs) == pytest.approx(float(values[8:].square().sum() / 200), rel=1e-3)
 
@@ -52,13 +52,13 @@ def test_plain_svd_errs_more_on_the_inputs(shape: tuple[int, int]) -> None:
     weight, inputs, hessian = problem(*shape)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
     plain = left[:, :8] * values[:8] @ right[:8]
-    ours = product(*factors(weight, spectrum(weight, hessian, damping=0.01), 8))
+    ours = product(*factors(weight, spectrum(weight, whitening(hessian, damping=0.01)), 8))
     assert output_error(weight, ours, inputs) < 0.8 * output_error(weight, plain, inputs)
 
 
 def test_inputs_that_say_nothing_leave_plain_svd() -> None:
     weight, _, _ = problem(24, 40)
-    found = spectrum(weight, torch.zeros(40, 40), damping=0.0)
+    found = spectrum(weight, whitening(torch.zeros(40, 40), damping=0.0))
     left, values, right = torch.linalg.svd(weight.double(), full_matrices=False)
     torch.testing.assert_close(
         product(*factors(weight, found, 5)), (left[:, :5] * values[:5] @ right[:5]).float(), rtol=1e-4, atol=1e-5
@@ -67,14 +67,14 @@ def test_inputs_that_say_nothing_leave_plain_svd() -> None:
 
 def test_a_hessian_of_fewer_tokens_than_columns_is_enough() -> None:
     weight, inputs, hessian = problem(24, 40, num_tokens=6)
-    ours = product(*factors(weight, spectrum(weight, hessian, damping=0.0), 6))
+    ours = product(*factors(weight, spectrum(weight, whitening(hessian, damping=0.0)), 6))
     assert output_error(weight, ours, inputs) < 1e-8 * output_error(weight, torch.zeros_like(weight), inputs)
 
 
 @pytest.mark.parametrize("energy", [0.1, 0.9, 0.999])
 def test_the_rank_of_an_energy_is_the_smallest_that_keeps_it(energy: float) -> None:
     weight, _, hessian = problem(24, 40)
-    found = spectrum(weight, hessian, damping=0.0)
+    found = spectrum(weight, whitening(hessian, damping=0.0))
     rank = found.rank_of(energy)
     assert found.lost(rank) <= 1 - energy + 1e-12
     assert rank == 1 or found.lost(rank - 1) > 1 - energy

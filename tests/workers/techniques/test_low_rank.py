@@ -19,6 +19,7 @@ from workers.architectures import ARCHITECTURES, Task
 from workers.engine.by_block import ByBlock
 from workers.errors import UserError
 from workers.formats import load_compact
+from workers.formats.opening import check_loads
 from workers.pipeline import compress
 from workers.recipe import Recipe
 
@@ -97,7 +98,8 @@ def test_the_lines_in_the_readme_open_the_artifacts(attempts: dict[str, Attempt]
             f"probe = load_file({str(attempt.work / 'probe.safetensors')!r})",
             "with torch.inference_mode():",
             "    logits = model.float()(input_ids=probe['input_ids']).logits",
-            "torch.testing.assert_close(logits, probe['logits'], rtol=0, atol=1e-3 * float(probe['logits'].abs().max()))",
+            "error, largest = (logits - probe['logits']).abs().max(), probe['logits'].abs().max()",
+            "assert error <= 1e-3 * largest, (error, largest)",
             "assert 'workers' not in sys.modules",
         ]
     script = tmp_path / "opens.py"
@@ -107,8 +109,9 @@ def test_the_lines_in_the_readme_open_the_artifacts(attempts: dict[str, Attempt]
 
 
 @pytest.mark.parametrize("model_type", MODELS)
-def test_read_by_block_it_gives_the_same(model_type: str, attempts: dict[str, Attempt], tmp_path: Path) -> None:
+def test_read_by_block_it_gives_the_same(model_type: str, attempts: dict[str, Attempt]) -> None:
     attempt = attempts[model_type]
+    check_loads(attempt.artifact)
     probe = load_file(attempt.work / "probe.safetensors")
     (logits,) = ByBlock(attempt.artifact, torch.device("cpu"), 1 << 20).read([probe["input_ids"]], lambda _: None)(1)
     torch.testing.assert_close(logits, probe["logits"], rtol=1e-3, atol=1e-3)
@@ -195,7 +198,7 @@ def test_a_rank_that_saves_nothing_leaves_layers_as_they_are(models: dict[str, P
         ([{"technique": "low_rank", "rank": 8, "multiple_of": 4}], {}, "multiple_of must be left out"),
         ([{"technique": "wanda"}, HALF], {}, "move low_rank before"),
         ([HALF, HALF], {}, "keep one"),
-        ([HALF, {"technique": "share_layers", "group_size": 2}], {}, "move it before stages[0]"),
+        ([HALF, {"technique": "share_layers", "group_size": 2}], {}, "keep one"),
         ([{"technique": "share_layers", "group_size": 2}, HALF], {}, "keep one"),
         ([HALF, {"technique": "depth_pruning", "num_blocks": 1}], {}, "move it before stages[0]"),
         ([HALF, {"technique": "wanda"}], {"format": "sparse-bitmask"}, "none opens both"),
