@@ -21,6 +21,7 @@ from workers.evaluation.speed import check_reads, check_runs, measure_reading, m
 from workers.evaluation.ways import choose_ways, open_artifact, open_original, remove_expanded
 from workers.fingerprint import environment_of
 from workers.formats.opening import Opened, Readable
+from workers.formats.shipped_loader import name_of_loader
 from workers.formats.snippets import load_snippet
 from workers.model_card import model_card
 from workers.proofs import check_size, prove_shape, prove_stages, prove_vocabulary
@@ -121,7 +122,7 @@ def _certify(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     report = report_of(
         request,
         source["revision"],
-        load_snippet(recipe.output.format or "safetensors", task),
+        load_snippet(recipe.output.format or "safetensors", task, name_of_loader(work / "artifact")),
         task,
         {
             "opened": ways.to_report(),

@@ -11,8 +11,9 @@ from workers.disk import write_json
 from workers.engine.checkpoint import GENERATION_SETTINGS, Checkpoint
 from workers.engine.results import Streamed
 from workers.engine.skeleton import Skeleton
-from workers.formats import bitsandbytes, compressed_tensors, sparse_bitmask
+from workers.formats import bitsandbytes, compressed_tensors, load_compact, load_sparse, sparse_bitmask
 from workers.formats.parts import Parts
+from workers.formats.shipped_loader import write_loader
 from workers.recipe import Recipe
 from workers.techniques import RoundToNearest
 
@@ -36,10 +37,15 @@ def export(
     folder.mkdir()
     if recipe.stores_bitmasks:
         parts.assemble(folder, sparse_bitmask.STEM)
-        sparse_bitmask.write_loader(folder)
+        write_loader(folder, load_sparse)
+    elif skeleton.compact:
+        parts.assemble(folder, Path(load_compact.WEIGHTS).stem)
+        write_loader(folder, load_compact)
     else:
         parts.assemble(folder)
     config = plain_config(checkpoint)
+    if skeleton.compact:  # the loader goes by it, and a config.json may be silent
+        config["architectures"] = config.get("architectures") or [type(skeleton.model).__name__]
     if recipe.cast is not None:
         config.pop("torch_dtype", None)
         config["dtype"] = recipe.cast

@@ -26,6 +26,7 @@ from workers.fingerprint import change_of, fingerprint, made_under
 from workers.memory import free_bytes, waiting_bytes
 from workers.preparation import Preparation
 from workers.recipe import Recipe
+from workers.shapes import config_after
 from workers.shapes.attention import windows_of
 from workers.sources.facts import ModelFacts
 from workers.sources.unchanged import check_unchanged
@@ -55,6 +56,7 @@ def compress(work: Path, request: dict[str, Any], emit: Emit, memory_limit_bytes
     checkpoint = Checkpoint(work / "source" / "model", cast=getattr(torch, recipe.cast) if recipe.cast else None)
     # Before the tokenizer, which reads config.json too and would be blamed for what is wrong there.
     skeleton = Skeleton(checkpoint, architecture_of(checkpoint.config), compute_device())
+    config_after(recipe.stages, checkpoint.config)  # what no stage can do is refused before any begins
     if not recipe.early_stages:
         _check_stored_size(request, recipe, skeleton)
     _check_training_memory(work, recipe, skeleton.device, memory_limit_bytes)

@@ -12,6 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from workers.architectures.compact import Compact
 from workers.disk import write_json
 from workers.engine.change import check_changed
 from workers.engine.journal import Journal
@@ -237,7 +238,8 @@ class Preparation:
             else:
                 check_changed(recipe, streamed, skeleton.checkpoint, journal.parts)
             journal.parts.assemble(folder)
-            write_json(folder / "config.json", plain_config(skeleton.checkpoint))
+            ranks = {name: found["rank"] for name, found in streamed.metrics(0).items() if found.get("rank")}
+            write_json(folder / "config.json", plain_config(skeleton.checkpoint) | Compact(ranks).to_config())
             copy_companions(skeleton.checkpoint, folder)
             return [stage_report(recipe, number, streamed, skeleton) for number in range(len(stages))]
 
@@ -298,8 +300,12 @@ class Preparation:
 
 def _runs(stages: Sequence[Placed]) -> list[tuple[int, list[Placed]]]:
     """Neighbours that compress layers together, all others alone; each run with the index of its first stage."""
-    numbered = enumerate(stages)
-    runs = groupby(numbered, lambda each: -1 if isinstance(each[1][1], LayerOptions) else each[0])
+
+    def is_in_a_run(placed_stage: Placed) -> bool:
+        _, stage = placed_stage
+        return isinstance(stage, LayerOptions) and not stage.leaves_model
+
+    runs = groupby(enumerate(stages), lambda each: -1 if is_in_a_run(each[1]) else each[0])
     found = [list(run) for _, run in runs]
     return [(run[0][0], [stage for _, stage in run]) for run in found]
 

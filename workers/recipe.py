@@ -87,7 +87,7 @@ class Recipe(Part):
         end = len(self.stages)
         if self.trains_codes:
             return self.stages[: end - 1]
-        while end and isinstance(self.stages[end - 1], LayerOptions):
+        while end and isinstance(stage := self.stages[end - 1], LayerOptions) and not stage.leaves_model:
             end -= 1
         return self.stages[:end]
 

@@ -11,8 +11,10 @@ from workers.techniques import (
     Iterate,
     LayerOptions,
     LogitDistillation,
+    LowRank,
     MixedPrecision,
     QuantizationOptions,
+    ShareLayers,
     SlidingWindow,
     SparsityOptions,
     Stage,
@@ -52,6 +54,7 @@ class RecipeError(ValueError):
 
 def check_stages(stages: Sequence[Stage], output: Output) -> None:
     """Raise RecipeError where the stages do not fit each other or the output."""
+    _check_compact(stages, output)
     _check_order(stages)
     quantizing = [index for index, stage in enumerate(stages) if isinstance(stage, QuantizationOptions)]
     if len(quantizing) > 1:
@@ -146,6 +149,43 @@ def _check_sparsities(stages: Sequence[Stage]) -> None:
                 "stages_conflict",
                 f"{place}.sparsity",
                 f"{before} leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
+            )
+
+
+def _check_compact(stages: Sequence[Stage], output: Output) -> None:
+    """Raise RecipeError where factors of low rank, or shared blocks, do not fit other stages or the output."""
+    compact = [index for index, stage in enumerate(stages) if isinstance(stage, LowRank | ShareLayers)]
+    if not compact:
+        return
+    first = compact[0]
+    if len(compact) > 1:
+        raise RecipeError(
+            "stages_conflict",
+            f"stages[{compact[1]}].technique",
+            f"stages[{first}] leaves factors or shared blocks, which are not factored or shared again; keep one",
+        )
+    contained = [stage.pruning if isinstance(stage, Iterate) else stage for stage in stages[:first]]
+    if isinstance(stages[first], LowRank) and any(isinstance(stage, SparsityOptions) for stage in contained):
+        raise RecipeError(
+            "stages_conflict",
+            f"stages[{first}].technique",
+            "factors of a pruned weight keep none of its zeros; move low_rank before the stage that prunes",
+        )
+    if output.format == "sparse-bitmask":
+        raise RecipeError(
+            "output_format_impossible",
+            "output.format",
+            f"sparse-bitmask and {stages[first].technique} have a loader each, and none opens both; use safetensors",
+        )
+    last = stages[-1]
+    if isinstance(stages[first], LowRank) and isinstance(last, QuantizationOptions) and last.embeddings:
+        is_packed = output.format == "compressed-tensors"
+        if is_packed and last.group_size is not None:
+            raise RecipeError(
+                "stages_conflict",
+                f"stages[{len(stages) - 1}].group_size",
+                "with embeddings one group size has to divide every matrix, and ranks are as they come; use null for "
+                "one scale a channel, or leave embeddings out",
             )
 
 

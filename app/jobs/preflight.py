@@ -10,6 +10,7 @@ from app.jobs.size_limits import check_budget, check_size
 from app.settings import Settings
 from app.storage import ObjectMissingError, Storage
 from workers.architectures import architecture_of
+from workers.architectures.compact import compact_of
 from workers.errors import JobError, UserError
 from workers.recipe import Recipe
 from workers.recipe_parts import Calibration
@@ -96,6 +97,13 @@ def check_format(recipe: Recipe, facts: ModelFacts) -> None:
     Raises UserError ``output_format_impossible``.
     """
     architecture = architecture_of(facts.config)
+    if recipe.stores_bitmasks and compact_of(facts.config):
+        raise UserError(
+            "output_format_impossible",
+            "The model has factors of low rank or shared blocks, and no loader opens those and bitmasks.",
+            param="recipe.output.format",
+            hint="Set recipe.output.format to safetensors.",
+        )
     if architecture.is_transposed and recipe.output.format == "compressed-tensors":
         raise UserError(
             "output_format_impossible",

@@ -136,8 +136,8 @@ class ByBlock:
 
     def _quantize_inputs(self) -> None:
         """Have layers quantize what they read, where config.json says that they do."""
-        for block in self._blocks:
-            for group in self.architecture.linear_groups:
+        for index, block in enumerate(self._blocks):
+            for group in self._skeleton.linear_groups(index):
                 shared: dict[str, tuple[Callable[[Tensor], Tensor], list[str]]] = {}
                 for layer in (f"{block}.{name}" for name in group):
                     if found := self._checkpoint.input_quantizer(layer):
@@ -149,7 +149,7 @@ class ByBlock:
 
     def _check_complete(self) -> None:
         """Raise UserError ``checkpoint_mismatch`` for a parameter that no part loads, or no file holds."""
-        stored = set(self._checkpoint.parameters()) | set(self.architecture.tied_parameters(self._checkpoint.config))
+        stored = set(self._checkpoint.parameters()) | set(self._skeleton.tied_parameters)
         missing = sorted(name for name, _ in self._skeleton.model.named_parameters() if name not in stored)
         if missing:
             raise UserError(

@@ -26,6 +26,13 @@ def check_changed(recipe: Recipe, streamed: Streamed, checkpoint: Checkpoint, pa
                 param=f"{recipe.param(index)}.ignore",
                 hint="Shorten `ignore`, or leave the stage out.",
             )
+        if stage.kind == "factorization" and not any(layer["rank"] for layer in layers.values()):
+            raise UserError(
+                "nothing_changed",
+                "No layer would have fewer weights as two factors.",
+                param=recipe.param(index),
+                hint="Ask for a lower rank, ratio or energy, or a smaller multiple_of.",
+            )
         if stage.kind == "pruning" and not any(layer["num_pruned"] for layer in layers.values()):
             raise UserError(
                 "nothing_changed",

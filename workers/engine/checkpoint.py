@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from workers.architectures import row_of
+from workers.architectures.compact import compact_of, is_transposed
 from workers.engine.coded_weights import coded_weights_of
 from workers.errors import UserError
 
@@ -30,7 +31,8 @@ class Checkpoint:
 
     Files are opened anew for each read, so that no mapping outlives its use and memory does not grow with the
     checkpoint. Weights that are stored as codes are read back as float32. With ``cast`` everything
-    reads as if it were stored in that type.
+    reads as if it were stored in that type. Parameters of a block that shares another's read as that one's, and are
+    not listed.
     """
 
     def __init__(self, folder: Path, *, cast: torch.dtype | None = None) -> None:
@@ -49,7 +51,8 @@ class Checkpoint:
                     if name is not None:
                         self._file_of[name], self._stored_name[name] = path, stored
         self._coded = coded_weights_of(
-            self.config.get("quantization_config"), is_transposed=row is not None and row.is_transposed
+            self.config.get("quantization_config"),
+            is_transposed=lambda layer: row is not None and is_transposed(row, layer),
         )
         self._name_on_disk: dict[str, str] = {}  # of tensors that this checkpoint has under another name than its files
         self._kept: dict[str, dict[int, Tensor]] = {}  # of parameters that are here in part, by dimension
@@ -155,6 +158,7 @@ class Checkpoint:
         Raises:
             UserError: ``non_finite_weights`` where a value is NaN or infinite.
         """
+        name = self._source(name)
         module = name.removesuffix(".weight")
         if name in self._means:
             tensor = self._mean(name)
@@ -174,6 +178,7 @@ class Checkpoint:
 
     def shape(self, name: str) -> list[int] | None:
         """The shape of a parameter that is stored as it is, from its file's header; None for codes and missing ones."""
+        name = self._source(name)
         if name in self._means:
             base, sources = self._means[name]
             stored = base.shape(sources[0])
@@ -191,6 +196,7 @@ class Checkpoint:
 
     def as_stored(self, name: str) -> Tensor:
         """A parameter in the type of the checkpoint, dequantized where it is stored as codes."""
+        name = self._source(name)
         is_computed = name in self._means or self._is_quantized(name.removesuffix(".weight"))
         if name in self._file_of and not is_computed:
             tensor = self._cut(name, self.stored(name))
@@ -199,6 +205,7 @@ class Checkpoint:
 
     def stored_dtype(self, name: str) -> torch.dtype:
         """The floating-point type of a parameter: of its values, or of its scales where it is stored as codes."""
+        name = self._source(name)
         if self.cast is not None:
             return self.cast
         if name in self._means:
@@ -216,6 +223,7 @@ class Checkpoint:
 
         None where its input is read as it is.
         """
+        module = self._source(module)
         if self._coded is None or not self._is_quantized(module):
             return None
         return self._coded.input_quantizer(self._on_disk(module))
@@ -224,14 +232,21 @@ class Checkpoint:
         """What a linear layer was trained as: codes, scales and zero-points; None where it was not trained so."""
         if not (self.folder / CODES).exists():
             return None
+        module = self._source(module)
         with safe_open(self.folder / CODES, framework="pt") as file:
             names = [name for name in file.keys() if name.rpartition(".")[0] == module]  # noqa: SIM118
             return {name.rpartition(".")[2]: file.get_tensor(name) for name in names} or None
 
     def contradicts_config(self, module: str) -> bool:
         """Whether a linear layer is stored as codes and config.json says that it is not, or the reverse."""
+        module = self._source(module)
         spared = None if self._coded is None else self._coded.spares(self._on_disk(module))
         return spared is not None and spared == self._is_quantized(module)
+
+    def _source(self, name: str) -> str:
+        """The name that a parameter or module of a block has files under, which may be another block's."""
+        row = row_of(self.config)
+        return name if row is None else compact_of(self.config).source_of(name, row.blocks)
 
     def _mean(self, name: str) -> Tensor:
         """A parameter that is a mean, with the values that its type can store."""

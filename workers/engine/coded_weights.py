@@ -35,10 +35,12 @@ class CodedWeights(Protocol):
         """What loaders do to the input of ``module``, and a text that modules with the same share; None for nothing."""
 
 
-def coded_weights_of(description: Mapping[str, Any] | None, *, is_transposed: bool) -> CodedWeights | None:
+def coded_weights_of(
+    description: Mapping[str, Any] | None, *, is_transposed: Callable[[str], bool]
+) -> CodedWeights | None:
     """How weights are stored whose config.json has this ``quantization_config``; None where all are plain.
 
-    ``is_transposed`` says that linear layers have their weights as in_features × out_features.
+    ``is_transposed`` says of a linear layer whether it has its weight as in_features × out_features.
 
     Raises UserError ``unsupported_quantization``.
     """
@@ -118,7 +120,7 @@ class _NormalFloats:
 
     mark = "weight.quant_state.bitsandbytes__nf4"
 
-    def __init__(self, description: Mapping[str, Any], *, is_transposed: bool) -> None:
+    def __init__(self, description: Mapping[str, Any], *, is_transposed: Callable[[str], bool]) -> None:
         self._is_transposed = is_transposed
         self._spared = frozenset(description.get("llm_int8_skip_modules") or ())
 
@@ -133,7 +135,7 @@ class _NormalFloats:
         dtype: torch.dtype = getattr(torch, json.loads(bytes(mark.tolist()))["dtype"])
         return dtype
 
-    def decode(self, _module: str, stored: dict[str, Tensor], /) -> Tensor:
+    def decode(self, module: str, stored: dict[str, Tensor], /) -> Tensor:
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
         codes = stored.pop("weight")
@@ -141,7 +143,7 @@ class _NormalFloats:
         state.dtype = torch.float32
         weight: Tensor = dequantize_4bit(codes, state)
         # Codes are always of out_features × in_features.
-        return weight.T.contiguous() if self._is_transposed else weight
+        return weight.T.contiguous() if self._is_transposed(module) else weight
 
     def input_quantizer(self, _module: str, /) -> None:
         return None

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from workers.engine.statistics import InputStatistics
+from workers.solvers.low_rank import product
 from workers.solvers.quantization import Grid, QuantizedWeight
 from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.schemes import usable_group_size
@@ -33,6 +34,8 @@ class Layer:
     input_scale: Tensor | None = None  # float32, in_features: what the layer reads comes divided by it
     fallbacks: list[dict[str, Any]] = field(default_factory=list)
     trained_codes: dict[str, Tensor] | None = None  # codes, scale and zero_point that it was trained as
+    # float32, out_features × rank and rank × in_features: what stands for the weight, if it has become two.
+    factors: tuple[Tensor, Tensor] | None = None
 
     @property
     def statistics(self) -> InputStatistics:
@@ -115,8 +118,16 @@ class Layer:
         weight = self.weight if self.quantized is None else self.quantized.dequantize()
         return weight.to(self.stored_dtype)
 
+    def stored_factors(self) -> tuple[Tensor, Tensor]:
+        """The factors in the type that the artifact stores values in."""
+        assert self.factors is not None
+        out_factor, in_factor = self.factors
+        return out_factor.to(self.stored_dtype), in_factor.to(self.stored_dtype)
+
     def effective_weight(self) -> Tensor:
         """The weight that the artifact will compute with, in float32."""
+        if self.factors is not None:
+            return product(*self.stored_factors())
         if self.quantized is None or not self.stores_codes:
             return self.stored_weight().to(torch.float32)
         weight = self.quantized.dequantize()

@@ -31,8 +31,7 @@ class Rescaling:
 
         ``done`` are the block's layers before them. Where the input cannot be rescaled, layers say so.
         """
-        architecture = self._skeleton.architecture
-        producer = architecture.producer(group, self._skeleton.checkpoint.config)
+        producer = self._skeleton.producer(block, group)
         if producer is None:
             return
         name = f"{block}.{producer.name}"

@@ -14,12 +14,14 @@ from workers.engine.attention import narrow_attention
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.depth import leave_out_blocks
 from workers.engine.shaping import Shaping
+from workers.engine.sharing import share_blocks
 from workers.engine.skeleton import Skeleton
 from workers.engine.tying import tie_embeddings
 from workers.engine.vocabulary import leave_out_tokens
 from workers.engine.width import leave_out_units
 from workers.techniques import (
     DepthPruning,
+    ShareLayers,
     SlidingWindow,
     StructureOptions,
     TieEmbeddings,
@@ -33,6 +35,7 @@ _CHANGES: Mapping[type[StructureOptions], Callable[[Shaping, Any], tuple[Checkpo
     WidthPruning: leave_out_units,
     VocabularyPruning: leave_out_tokens,
     TieEmbeddings: tie_embeddings,
+    ShareLayers: share_blocks,
     SlidingWindow: narrow_attention,
 }
 

@@ -88,8 +88,8 @@ def measure(
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
     groups = {
         f"{block}.{group[0]}": [name for layer in group if not stage.ignores(name := f"{block}.{layer}")]
-        for block in blocks
-        for group in skeleton.architecture.linear_groups
+        for index, block in enumerate(blocks)
+        for group in skeleton.linear_groups(index)
     }
     groups = {leader: layers for leader, layers in groups.items() if layers}
     gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, skeleton.end, *groups)]

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 import math
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
-from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import CONFIG_MAPPING, AutoConfig
 from transformers.pytorch_utils import Conv1D
 
-from workers.architectures import AUTO_CLASSES, Architecture
+from workers.architectures import Architecture, Producer
+from workers.architectures.compact import compact_of, is_transposed
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.empty_model import empty_model
 from workers.engine.forward import ForwardPass
 from workers.engine.holdings import MemoryBudget
 from workers.errors import UserError
-
-logger = logging.getLogger(__name__)
 
 
 class Skeleton:
@@ -33,6 +28,7 @@ class Skeleton:
         self.architecture = architecture
         self.device = device
         self.model = empty_model(checkpoint, architecture)
+        self.compact = compact_of(checkpoint.config)
         self._move_buffers()
         self._check_names()
         self._check_shapes()
@@ -46,6 +42,19 @@ class Skeleton:
     def block_name(self, index: int) -> str:
         """Name of a block: ``model.layers.12``."""
         return f"{self.architecture.blocks}.{index}"
+
+    def source_block(self, index: int) -> int:
+        """Whose parameters a block has: its own, or those of an earlier one that it shares them with."""
+        source = self.compact.sources.get(self.block_name(index))
+        return index if source is None else int(source.rpartition(".")[2])
+
+    def linear_groups(self, index: int) -> tuple[tuple[str, ...], ...]:
+        """Linear layers of a block by their names in it, in order of execution; those in one group read one input."""
+        return self.compact.groups(self.architecture, self.block_name(index))
+
+    def producer(self, block: str, group: Sequence[str]) -> Producer | None:
+        """What makes the input of such a group; None where nothing could take over a scale."""
+        return self.compact.producer(self.architecture, block, group, self.checkpoint.config)
 
     @property
     def end(self) -> str:
@@ -64,18 +73,23 @@ class Skeleton:
 
     @property
     def block_layers(self) -> list[str]:
-        """Names of the linear layers of all blocks, in order."""
-        blocks = map(self.block_name, range(self.num_blocks))
-        return [f"{block}.{layer}" for block in blocks for layer in self.architecture.linear_layers]
+        """Names of the linear layers of all blocks that have parameters of their own, in order."""
+        own = [index for index in range(self.num_blocks) if self.source_block(index) == index]
+        return [
+            f"{self.block_name(index)}.{layer}"
+            for index in own
+            for group in self.linear_groups(index)
+            for layer in group
+        ]
 
     def linear_shape(self, name: str) -> tuple[int, int]:
         """Out_features and in_features of a linear layer, loaded or not."""
         rows, columns = self.module(name).get_parameter("weight").shape
-        return (columns, rows) if self.architecture.is_transposed else (rows, columns)
+        return (columns, rows) if is_transposed(self.architecture, name) else (rows, columns)
 
     @property
     def matrix_shapes(self) -> dict[str, list[int]]:
-        """Rows and columns of the embedding, and out_features and in_features of the layers of all blocks."""
+        """Rows and columns of the embedding, and out_features and in_features of :attr:`block_layers`."""
         embedding = self.architecture.embedding
         layers = {name: list(self.linear_shape(name)) for name in self.block_layers}
         return {embedding: list(self.module(embedding).get_parameter("weight").shape), **layers}
@@ -85,9 +99,19 @@ class Skeleton:
         return math.prod(self.linear_shape(name))
 
     @property
+    def tied_parameters(self) -> dict[str, str]:
+        """Parameters that are stored once, under another name, and that name: of a head, or of blocks that share."""
+        shared = {
+            f"{block}.{name}": f"{source}.{name}"
+            for block, source in self.compact.sources.items()
+            for name, _ in self.module(block).named_parameters()
+        }
+        return {**self.architecture.tied_parameters(self.checkpoint.config), **shared}
+
+    @property
     def num_parameters(self) -> int:
         """Of the whole model, tied ones once."""
-        tied = self.architecture.tied_parameters(self.checkpoint.config)
+        tied = self.tied_parameters
         named = self.model.named_parameters(remove_duplicate=False)
         return sum(parameter.numel() for name, parameter in named if name not in tied)
 
@@ -133,15 +157,15 @@ class Skeleton:
     def linear_weight(self, name: str) -> Tensor:
         """The weight of a loaded linear layer, out_features × in_features whatever way its module has it."""
         weight: Tensor = self.module(name).get_parameter("weight")
-        return weight.T.contiguous() if self.architecture.is_transposed else weight
+        return weight.T.contiguous() if is_transposed(self.architecture, name) else weight
 
     def assign_linear(self, name: str, weight: Tensor) -> None:
         """Make ``weight`` (out_features × in_features) that of a linear layer."""
-        self.assign(f"{name}.weight", self.as_module_has_it(weight))
+        self.assign(f"{name}.weight", self.as_module_has_it(name, weight))
 
-    def as_module_has_it(self, weight: Tensor) -> Tensor:
-        """A weight of out_features × in_features, the way that the modules and the checkpoint have it."""
-        return weight.T.contiguous() if self.architecture.is_transposed else weight
+    def as_module_has_it(self, name: str, weight: Tensor) -> Tensor:
+        """A layer's weight of out_features × in_features, the way that its module and the checkpoint have it."""
+        return weight.T.contiguous() if is_transposed(self.architecture, name) else weight
 
     def load(self, prefix: str) -> None:
         """Read every parameter of the module ``prefix`` from the checkpoint, in float32.
@@ -256,36 +280,3 @@ def _wrong_shape(name: str, found: list[int], wanted: list[int]) -> UserError:
 
 def _unchanged(hidden_states: Tensor, *_arguments: Any, **_named: Any) -> Tensor:
     return hidden_states
-
-
-def empty_model(checkpoint: Checkpoint, architecture: Architecture) -> Any:
-    """The model of a config.json, its parameters on the meta device; UserError ``invalid_config`` if there is none."""
-    auto: Any = getattr(transformers, AUTO_CLASSES[architecture.task])
-    try:
-        stored = AutoConfig.from_pretrained(checkpoint.folder, trust_remote_code=False)
-        own = type(stored) if checkpoint.has_stored_type else CONFIG_MAPPING[checkpoint.config["model_type"]]
-        # It fills in what is nested; infinity, for which JSON has no number, is written as an object.
-        config: Any = own.from_dict(own._decode_special_floats(copy.deepcopy(checkpoint.config)))
-        if getattr(config, "quantization_config", None) is not None:
-            del config.quantization_config
-        # The same in one piece: a pass stops once at each layer.
-        config.chunk_size_feed_forward = 0
-        attention = None if architecture.is_recurrent else "sdpa"
-        with init_empty_weights(include_buffers=False):
-            model = auto.from_config(
-                config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
-            )
-    except Exception as error:
-        # Whatever transformers makes of a config that describes no model: the config is the user's.
-        logger.exception("config.json describes no model")
-        raise UserError(
-            "invalid_config",
-            f"config.json describes no model that transformers can build: {_first_line(error)}",
-            param="model.id",
-            hint="Compare config.json with the one that the checkpoint was saved with.",
-        ) from error
-    return model.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:300]

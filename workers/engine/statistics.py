@@ -11,6 +11,7 @@ from workers.engine.device import inexact_products
 from workers.errors import UserError
 from workers.solvers.activations import column_sums
 from workers.solvers.hessian import InverseFactor, NotPositiveDefiniteError, accumulate, inverse_factor, symmetrize
+from workers.solvers.low_rank import whitening
 from workers.techniques.options import Statistic
 
 
@@ -33,6 +34,7 @@ class InputStatistics:
         if "drift" in wanted:
             self._drift = torch.zeros((in_features, in_features), dtype=torch.float32, device=device)
         self._factors: dict[tuple[bool, float], InverseFactor | None] = {}
+        self._whitenings: dict[float, Tensor] = {}
 
     def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
         """Take in the input of one batch, … × in_features; and what the original model reads in its place.
@@ -79,7 +81,7 @@ class InputStatistics:
     def scaled(self, scale: Tensor) -> InputStatistics:
         """The same of the input divided by ``scale`` (float32, in_features)."""
         other = copy.copy(self)
-        other._factors = {}
+        other._factors, other._whitenings = {}, {}
         if self._hessian is not None:
             other._hessian = self._hessian / scale / scale.unsqueeze(-1)
         if self._drift is not None:
@@ -123,3 +125,9 @@ class InputStatistics:
             except NotPositiveDefiniteError:
                 self._factors[key] = None
         return self._factors[key]
+
+    def whitening(self, damping: float) -> Tensor:
+        """S with S·Sᵀ the damped Hessian, float64, K × K, made once for all layers of the input."""
+        if damping not in self._whitenings:
+            self._whitenings[damping] = whitening(self.hessian, damping=damping)
+        return self._whitenings[damping]

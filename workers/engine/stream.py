@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from workers.engine.block_parts import BlockParts
 from workers.engine.device import keeping_freed_memory, release_memory
 from workers.engine.forward import ForwardPass, Gate, SharedTransform
 from workers.engine.holdings import MemoryBudget
@@ -25,7 +26,7 @@ from workers.engine.skeleton import Skeleton
 from workers.engine.statistics import InputStatistics
 from workers.engine.text import batches
 from workers.errors import UserError
-from workers.formats import codes, compressed_tensors, sparse_bitmask
+from workers.formats import compressed_tensors
 from workers.formats.parts import Parts
 from workers.recipe import Recipe
 from workers.solvers.quantization import Grid
@@ -72,6 +73,7 @@ class Stream:
         self._originals = Originals(skeleton, [])
         self._gates: dict[str, Gate] = {}
         self._rescaling = Rescaling(skeleton)
+        self._parts = BlockParts(skeleton, recipe, journal.parts, self._rescaling)
 
     @torch.inference_mode()
     def run(self, calibration: Sequence[Tensor], probe: Tensor) -> Streamed:
@@ -81,7 +83,7 @@ class Stream:
         ``probe`` is sequences × tokens, which pass through the compressed blocks only, so that their logits are what
         the artifact has to give.
         """
-        skeleton, architecture = self.skeleton, self.skeleton.architecture
+        skeleton = self.skeleton
         if self.recipe.plan_share:
             with self._timed("plan"):
                 self._plan = self.journal.once(
@@ -92,14 +94,12 @@ class Stream:
                 )
                 shutil.rmtree(self.journal.folder / PLANNING, ignore_errors=True)
         blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
+        layers_of = {block: skeleton.linear_groups(index) for index, block in enumerate(blocks)}
         stops = {*blocks, skeleton.end}
         if self.recipe.statistics:
-            stops |= {f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups}
-        gated = [
-            *blocks,
-            skeleton.end,
-            *(f"{block}.{layer}" for block in blocks for layer in architecture.linear_layers),
-        ]
+            stops |= {f"{block}.{group[0]}" for block, groups in layers_of.items() for group in groups}
+        layers = [f"{block}.{layer}" for block, groups in layers_of.items() for group in groups for layer in group]
+        gated = [*blocks, skeleton.end, *layers]
         self._gates = {name: Gate(name, skeleton.module(name), stops=name in stops) for name in gated}
         probe_pass = skeleton.forward_pass(probe)
         inputs = [ids for samples in calibration for ids in batches(samples)] if self.recipe.statistics else []
@@ -121,12 +121,10 @@ class Stream:
             block = blocks[index]
             with self._timed("load"):
                 skeleton.load(block)
-            layers = self._compress_block(index, blocks, passes)
-            with self._timed("write"):
-                if self._codes_too is not None:
-                    self._codes_too.write(part_name(index), _codes_of(layers))
-                self.journal.parts.write(part_name(index), self._tensors_of(block, layers))
-            del layers
+            if (source := skeleton.source_block(index)) != index:
+                self._share_block(index, source)
+            else:
+                self._compress_block(index, blocks, passes)
             release_memory()
             if index + 1 < len(blocks):
                 with keeping_freed_memory():
@@ -178,22 +176,10 @@ class Stream:
 
     def _assign_compressed(self, index: int) -> None:
         """Give a finished block, which is loaded, the weights that the artifact will compute with."""
-        grids, stored = self.result.blocks[index].grids, self.journal.parts.read(part_name(index))
-        if self.recipe.stores_bitmasks:
-            stored = sparse_bitmask.decode(stored)
-        for layer, (grid, in_features) in grids.items():
-            encoded = {
-                name.removeprefix(layer + "."): stored.pop(name)
-                for name in list(stored)
-                if name.startswith(layer + ".weight")
-            }
-            weight = codes.decode(encoded, grid, in_features, self.recipe.output)
-            if self.recipe.quantizes_embeddings:
-                weight = weight.to(grid.scale_dtype).to(torch.float32)
-            self.skeleton.assign_linear(layer, weight.to(self.skeleton.device))
+        grids = self.result.blocks[index].grids
+        self._parts.assign(index, grids)
+        for layer, (grid, _) in grids.items():
             self._gates[layer].transform = self._as_read(grid)
-        for name, tensor in stored.items():
-            self.skeleton.assign(name, tensor.to(self.skeleton.device, torch.float32))
 
     def _finish_block(self, index: int, following: str, compressed: list[ForwardPass]) -> None:
         """Bring every pass to the block ``following``, and have the journal keep what it brings there."""
@@ -210,9 +196,15 @@ class Stream:
         with self._timed("journal"):
             self.journal.finish_block(index, self.result.blocks[index].to_json(), shapes)
 
-    def _compress_block(self, index: int, blocks: list[str], passes: list[ForwardPass]) -> list[Layer]:
-        """Solve every layer of a block, each group of them as soon as its input is there."""
-        groups = self.skeleton.architecture.linear_groups
+    def _share_block(self, index: int, source: int) -> None:
+        """Have a block compute with what became of an earlier one's parameters, which it shares."""
+        self.result.blocks.append(PartResult.empty(len(self.recipe.stages)))
+        self.result.blocks[index].grids = self._parts.share(index, self.result.blocks[source])
+        self._assign_compressed(index)
+
+    def _compress_block(self, index: int, blocks: list[str], passes: list[ForwardPass]) -> None:
+        """Solve every layer of a block, each group of them as soon as its input is there, and write what it became."""
+        groups = self.skeleton.linear_groups(index)
         block = blocks[index]
         done: list[Layer] = []
         gathered: deque[InputStatistics | None] = deque()
@@ -240,7 +232,10 @@ class Stream:
             done += layers
             del statistics, layers
             release_memory()
-        return done
+        with self._timed("write"):
+            if self._codes_too is not None:
+                self._codes_too.write(part_name(index), _codes_of(done))
+            self._parts.write(index, done, self.result.blocks[-1])
 
     def _set_transforms(self, layers: list[Layer]) -> None:
         """Have the layers of one input read it as they will in the artifact."""
@@ -318,23 +313,6 @@ class Stream:
         stage, choice = self.recipe.stages[index], self._plan[index].get(layer)
         assert isinstance(stage, LayerOptions)
         return stage if choice is None else stage.at(choice)
-
-    def _tensors_of(self, block: str, layers: list[Layer]) -> dict[str, Tensor]:
-        """Everything that the artifact stores of a block."""
-        tensors: dict[str, Tensor] = {}
-        for layer in layers:
-            if layer.quantized is None or not self.recipe.stores_codes:
-                name, weight = f"{layer.name}.weight", self.skeleton.as_module_has_it(layer.stored_weight())
-                tensors |= sparse_bitmask.encode(name, weight) if self.recipe.stores_bitmasks else {name: weight}
-                continue
-            self.result.blocks[-1].grids[layer.name] = (layer.quantized.grid, layer.weight.shape[1])
-            for name, tensor in codes.encode(layer.quantized, layer.stored_dtype, self.recipe.output).items():
-                tensors[f"{layer.name}.{name}"] = tensor
-        compressed = {f"{layer.name}.weight" for layer in layers}
-        for name in self.skeleton.checkpoint.parameters(block + "."):
-            if name not in compressed:
-                tensors[name] = self._rescaling.take(name)
-        return tensors
 
     def _finish(self, probe_pass: ForwardPass) -> Tensor:
         """The probe's logits, through what follows the blocks and the head."""

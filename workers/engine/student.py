@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 from workers.architectures import Architecture, architecture_of
 from workers.disk import write_json
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.empty_model import empty_model
 from workers.engine.reshaping import reshape
 from workers.engine.shaping import Shaping
-from workers.engine.skeleton import Skeleton, empty_model
+from workers.engine.skeleton import Skeleton
 from workers.engine.vocabulary import ids_by_default
 from workers.errors import UserError
 from workers.export import copy_companions, plain_config

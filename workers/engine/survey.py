@@ -32,7 +32,8 @@ def survey(
     """
     architecture = skeleton.architecture
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-    stops = [*blocks, *(f"{block}.{group[0]}" for block in blocks for group in architecture.linear_groups)]
+    leaders = [f"{block}.{group[0]}" for index, block in enumerate(blocks) for group in skeleton.linear_groups(index)]
+    stops = [*blocks, *leaders]
     gates = [Gate(name, skeleton.module(name), stops=True) for name in stops]
     passes = [skeleton.forward_pass(samples, is_exact=False) for samples in part_of(calibration, NUM_TOKENS)]
     journal.begin_again_unless_whole([[*each.input_shape, skeleton.hidden_size] for each in passes])
@@ -52,7 +53,7 @@ def survey(
         curves.append({})
         progress(f"plan.{block}", index, len(blocks), index / len(blocks))
         skeleton.load(block)
-        for group in architecture.linear_groups:
+        for group in skeleton.linear_groups(index):
             leader = f"{block}.{group[0]}"
             statistics = InputStatistics(
                 leader, skeleton.linear_weight(leader).shape[1], frozenset({"input_norms"}), skeleton.device

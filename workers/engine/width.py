@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from workers.architectures import Architecture
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import release_memory
+from workers.engine.empty_model import empty_model
 from workers.engine.listening import listen
 from workers.engine.shaping import Shaping
-from workers.engine.skeleton import Skeleton, empty_model
+from workers.engine.skeleton import Skeleton
 from workers.engine.text import part_of
 from workers.errors import UserError
 from workers.shapes.width import Widths, config_of_smaller_widths, widths_of

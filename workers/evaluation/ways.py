@@ -15,7 +15,9 @@ from workers.engine.by_block import ByBlock
 from workers.errors import CrashError, UserError, is_out_of_memory, model_unusable
 from workers.evaluation.context import longest_context
 from workers.evaluation.size import weights_bytes
-from workers.formats.opening import Opened, check_loads, expand_archive, open_archive, open_checkpoint
+from workers.formats import opening
+from workers.formats.opening import Opened, check_loads, expand_archive, open_checkpoint
+from workers.formats.shipped_loader import name_of_loader
 from workers.memory import free_bytes, waiting_bytes
 from workers.recipe import Recipe
 
@@ -114,7 +116,7 @@ def open_artifact(work: Path, ways: Ways, recipe: Recipe, device: torch.device) 
     """
     folder = work / "artifact"
     if ways.artifact == "whole":
-        return (open_archive if recipe.stores_bitmasks else open_checkpoint)(folder, device)
+        return opening.open_artifact(folder, device)
     if recipe.stores_bitmasks:
         remove_expanded(work)
         expand_archive(folder, work / _EXPANDED)
@@ -135,8 +137,8 @@ def _whole_artifact_bytes(folder: Path, recipe: Recipe, original_bytes: int) -> 
     stored = weights_bytes(folder)
     if recipe.output.format == "bitsandbytes":
         return 2 * stored  # codes stay codes; all else is stored in 16 bits
-    # Codes are there until they are decoded, bitmasks and values until they are expanded.
-    return original_bytes + (stored if recipe.stores_codes or recipe.stores_bitmasks else 0)
+    # Codes are there until they are decoded; a loader that lies in the artifact has read all before it makes the model.
+    return original_bytes + (stored if recipe.stores_codes or name_of_loader(folder) else 0)
 
 
 def _reading_bytes(folder: Path, recipe: Recipe, original_bytes: int) -> tuple[int, int]:

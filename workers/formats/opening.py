@@ -18,9 +18,10 @@ from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from workers.architectures import AUTO_CLASSES, Architecture, architecture_of
+from workers.architectures.compact import compact_of
 from workers.errors import CrashError
-from workers.formats import bitsandbytes
-from workers.formats.sparse_bitmask import loader_of
+from workers.formats import bitsandbytes, load_compact
+from workers.formats.shipped_loader import loader_of, name_of_loader
 
 # Gives the logits of the next so many batches.
 Logits = Callable[[int], Generator[Tensor]]
@@ -104,15 +105,19 @@ def open_checkpoint(folder: Path, device: torch.device) -> Opened:
 
     Raises:
         CrashError: ``artifact_incomplete`` where transformers misses a weight or finds one that it does not know.
+        ValueError: the same of a folder whose model has factors or shared blocks.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = architecture_of(config)
     begin = time.perf_counter()
-    model, found = _from_pretrained(folder, architecture)
-    bitsandbytes.to_float32(model)
-    model.to(device).eval()
+    if compact_of(config):  # what lies beside the weights of others is not run
+        model = load_compact.load_model(folder, dtype=torch.float32).to(device)
+    else:
+        model, found = _from_pretrained(folder, architecture)
+        _check_found(folder, architecture, found)
+        bitsandbytes.to_float32(model)
+        model.to(device).eval()
     seconds = time.perf_counter() - begin
-    _check_found(folder, architecture, found)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return Opened(model, tokenizer, seconds, architecture, architecture.max_positions(config))
 
@@ -128,24 +133,28 @@ def check_loads(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("quantization_config", {}).get("quant_method") == "bitsandbytes":
         return
+    if compact_of(config):
+        _by_loader(folder, device_map={"": "meta"})
+        return
     architecture = architecture_of(config)
     _, found = _from_pretrained(folder, architecture, device_map={"": "meta"})
     _check_found(folder, architecture, found)
 
 
-def open_archive(folder: Path, device: torch.device) -> Opened:
-    """Open a sparse-bitmask artifact of ours in float32, by the loader that lies in it.
+def open_artifact(folder: Path, device: torch.device) -> Opened:
+    """Open an artifact of ours in float32: by the loader that lies in it, or as any checkpoint where none does.
 
     Raises:
         CrashError: ``artifact_incomplete`` where that refuses a file, or misses a weight.
     """
+    if name_of_loader(folder) is None:
+        return open_checkpoint(folder, device)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     architecture = architecture_of(config)
     begin = time.perf_counter()
-    try:
-        model = loader_of(folder).load_model(folder, dtype=torch.float32).to(device)
-    except ValueError as error:
-        raise _refused(folder, error) from error
+    model = _by_loader(folder)
+    bitsandbytes.to_float32(model)
+    model.to(device)
     seconds = time.perf_counter() - begin
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     return Opened(model, tokenizer, seconds, architecture, architecture.max_positions(config))
@@ -191,6 +200,13 @@ def _check_found(folder: Path, architecture: Architecture, found: Mapping[str, A
     wrong = {key: sorted(found[key])[:5] for key in names if found[key]}
     if wrong:
         raise CrashError("artifact_incomplete", f"{folder.name} does not hold what its config calls for: {wrong}")
+
+
+def _by_loader(folder: Path, **options: Any) -> Any:
+    try:
+        return loader_of(folder).load_model(folder, dtype=torch.float32, **options)
+    except ValueError as error:
+        raise _refused(folder, error) from error
 
 
 def _refused(folder: Path, error: ValueError) -> CrashError:

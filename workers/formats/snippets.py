@@ -19,18 +19,23 @@ from transformers import {auto_class}, AutoTokenizer
 
 model = {auto_class}.from_pretrained("path/to/artifact")
 """
-_OPEN_SPARSE = """\
+_OPEN_BY_LOADER = """\
 # pip install {packages}
-# For plain transformers, write the dense form: python path/to/artifact/load_sparse.py path/to/artifact dense
+# {note}
 import sys
 
 from transformers import AutoTokenizer
 
 sys.path.insert(0, "path/to/artifact")
-from load_sparse import load_model
+from {loader} import load_model
 
 model = load_model("path/to/artifact")
 """
+_NOTES = {
+    "load_sparse": "For plain transformers, write the dense form: "
+    "python path/to/artifact/load_sparse.py path/to/artifact dense",
+    "load_compact": "Plain transformers does not open this model: the load_compact.py that lies in it does.",
+}
 _USE: Mapping[Task, str] = {
     "causal": """\
 tokenizer = AutoTokenizer.from_pretrained("path/to/artifact")
@@ -50,7 +55,12 @@ print(model.config.id2label[model(**inputs).logits[0].argmax().item()])
 }
 
 
-def load_snippet(output_format: Format, task: Task) -> str:
-    """Python that opens an artifact of this format, with what has to be installed for it, and does the model's task."""
-    lines = _OPEN_SPARSE if output_format == "sparse-bitmask" else _OPEN
-    return lines.format(packages=_PACKAGES[output_format], auto_class=AUTO_CLASSES[task]) + _USE[task]
+def load_snippet(output_format: Format, task: Task, loader: str | None = None) -> str:
+    """Python that opens an artifact of this format, with what has to be installed for it, and does the model's task.
+
+    ``loader`` is the module in the artifact that opens it; None where plain transformers does.
+    """
+    packages = _PACKAGES[output_format]
+    if loader is not None:
+        return _OPEN_BY_LOADER.format(packages=packages, note=_NOTES[loader], loader=loader) + _USE[task]
+    return _OPEN.format(packages=packages, auto_class=AUTO_CLASSES[task]) + _USE[task]

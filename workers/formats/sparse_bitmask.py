@@ -2,13 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping
-from importlib.machinery import SourceFileLoader
-from importlib.util import module_from_spec, spec_from_loader
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +11,6 @@ from torch import Tensor
 from workers.formats import load_sparse
 from workers.formats.load_sparse import BITMASK, VALUES
 
-LOADER = "load_sparse.py"
 # Of what artifacts call their files of weights: plain transformers must not find any, or it would make up the rest.
 STEM = "sparse"
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -55,25 +48,3 @@ def decode(encoded: Mapping[str, Tensor]) -> dict[str, Tensor]:
         elif not name.endswith(VALUES) or name.removesuffix(VALUES) + BITMASK not in encoded:
             tensors[name] = tensor
     return tensors
-
-
-def write_loader(folder: Path) -> None:
-    """Put the loader beside the weights."""
-    shutil.copyfile(load_sparse.__file__, folder / LOADER)
-
-
-def loader_of(folder: Path) -> ModuleType:
-    """The loader that lies in an artifact of ours, as its users will have it."""
-    loader = _WithoutBytecode("attar_artifact_loader", str(folder / LOADER))
-    spec = spec_from_loader(loader.name, loader)
-    assert spec is not None
-    module = module_from_spec(spec)
-    loader.exec_module(module)
-    return module
-
-
-class _WithoutBytecode(SourceFileLoader):
-    """Leaves no bytecode beside the source: the artifact's folder holds what users get."""
-
-    def set_data(self, path: str, data: Any, *, _mode: int = 0o666) -> None:
-        """Write nothing."""

@@ -12,6 +12,7 @@ from typing import Any
 from workers.shapes.attention import config_of_a_window
 from workers.shapes.depth import config_of_fewer_blocks
 from workers.shapes.matrices import in_features
+from workers.shapes.sharing import check_compact, config_of_shared_blocks
 from workers.shapes.student import config_of_student
 from workers.shapes.tying import config_of_one_matrix
 from workers.shapes.vocabulary import config_of_fewer_tokens
@@ -20,6 +21,7 @@ from workers.sources.facts import ModelFacts
 from workers.techniques import (
     DepthPruning,
     LogitDistillation,
+    ShareLayers,
     SlidingWindow,
     Stage,
     StageOptions,
@@ -35,6 +37,7 @@ _RULES: Mapping[type[StageOptions], Callable[[Any, str, Mapping[str, Any]], dict
     WidthPruning: config_of_smaller_widths,
     VocabularyPruning: config_of_fewer_tokens,
     TieEmbeddings: config_of_one_matrix,
+    ShareLayers: config_of_shared_blocks,
     SlidingWindow: config_of_a_window,
     LogitDistillation: config_of_student,
 }
@@ -48,6 +51,7 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
     """
     config = dict(config)
     for param, stage in placed(stages):
+        check_compact(stage, param, config)
         if stage.reshapes:
             config = _RULES[type(stage)](stage, param, config)
     return config

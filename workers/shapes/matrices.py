@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from workers.architectures import Architecture, architecture_of
+from workers.architectures.compact import compact_of
 from workers.shapes.width import widths_of
 
 
@@ -16,9 +17,13 @@ def in_features(config: Mapping[str, Any]) -> tuple[int, ...]:
 
 
 def num_weights_of_blocks(config: Mapping[str, Any]) -> int:
-    """Of the linear layers of all blocks."""
-    num_blocks = int(config[architecture_of(config).size("num_hidden_layers")])
-    return num_blocks * sum(rows * columns for rows, columns in _matrices_of_block(config))
+    """Of the linear layers of all blocks, those that blocks share once, and none as factors."""
+    return num_stored_blocks(config) * sum(rows * columns for rows, columns in _matrices_of_block(config))
+
+
+def num_stored_blocks(config: Mapping[str, Any]) -> int:
+    """How many blocks have parameters of their own."""
+    return int(config[architecture_of(config).size("num_hidden_layers")]) - len(compact_of(config).sources)
 
 
 def num_matrix_weights(config: Mapping[str, Any]) -> int:

@@ -7,9 +7,9 @@ from typing import Any
 
 from workers.architectures import architecture_of
 from workers.shapes import config_after
-from workers.shapes.matrices import num_embedding_weights, num_weights_of_blocks
+from workers.shapes.matrices import num_embedding_weights, num_stored_blocks, num_weights_of_blocks
 from workers.sources.facts import ModelFacts
-from workers.techniques import LogitDistillation, Stage, TieEmbeddings, VocabularyPruning
+from workers.techniques import LogitDistillation, LowRank, Stage, TieEmbeddings, VocabularyPruning
 
 
 def fewest_parameters(stages: Sequence[Stage], facts: ModelFacts) -> tuple[int, int]:
@@ -24,6 +24,8 @@ def fewest_parameters(stages: Sequence[Stage], facts: ModelFacts) -> tuple[int, 
     num_embeddings = 0 if loses_tokens else num_embedding_weights(after)
     if any(isinstance(stage, LogitDistillation) and stage.makes_new_type for stage in stages):
         return num_embeddings, num_weights_of_blocks(after)
+    if LowRank in techniques:  # what is left of layers, their values decide
+        return num_embeddings, 0
     architecture, matrix = architecture_of(before), num_embedding_weights(before)
     head = 0 if architecture.task == "classification" or architecture.is_tied(before) else matrix
     num_others = facts.num_parameters - matrix
@@ -39,7 +41,7 @@ def _part_of_weights_left(before: Mapping[str, Any], after: Mapping[str, Any]) -
 
     1 where no stage changes the shape.
     """
-    size = architecture_of(before).size
     of_blocks = num_weights_of_blocks(after) / num_weights_of_blocks(before)
-    fewer_blocks, channels = (after[size(name)] / before[size(name)] for name in ("num_hidden_layers", "hidden_size"))
-    return float(min(of_blocks, fewer_blocks * channels**2))
+    hidden_size = architecture_of(before).size("hidden_size")
+    fewer_blocks = num_stored_blocks(after) / num_stored_blocks(before)
+    return float(min(of_blocks, fewer_blocks * (after[hidden_size] / before[hidden_size]) ** 2))

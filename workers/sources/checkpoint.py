@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from workers.errors import UserError
-from workers.formats import load_sparse
+from workers.formats import load_compact, load_sparse
 from workers.sources.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_header
 
 MAX_JSON_BYTES = 64 * 1024 * 1024
@@ -23,7 +23,9 @@ CONFIG = "config.json"
 SINGLE_WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
 # What loaders look for, in this order; a sparse-bitmask archive is taken for the dense weights that it stands for.
-_WEIGHTS = ((SINGLE_WEIGHTS, WEIGHTS_INDEX), (load_sparse.WEIGHTS, load_sparse.WEIGHTS_INDEX))
+_SPARSE_WEIGHTS = (load_sparse.WEIGHTS, load_sparse.WEIGHTS_INDEX)
+_COMPACT_WEIGHTS = (load_compact.WEIGHTS, load_compact.WEIGHTS_INDEX)
+_WEIGHTS = ((SINGLE_WEIGHTS, WEIGHTS_INDEX), _COMPACT_WEIGHTS, _SPARSE_WEIGHTS)
 
 # Any one of these sets is a tokenizer.
 TOKENIZERS = (
@@ -112,7 +114,13 @@ def read_checkpoint(source: FileSource, *, num_threads: int = 1) -> Checkpoint:
     check_tokenizer(source.files)
     shards, index, weight_map = _find_shards(source)
     tensors = _read_headers(source, shards, weight_map, num_threads)
-    is_sparse = (index or shards[0]) in _WEIGHTS[1]
+    is_sparse = (index or shards[0]) in _SPARSE_WEIGHTS
+    if (load_compact.KEY in config) != ((index or shards[0]) in _COMPACT_WEIGHTS):
+        raise _refusal(
+            "invalid_config",
+            f"config.json has an entry {load_compact.KEY!r} if, and only if, the weights are {load_compact.WEIGHTS}.",
+            "Take config.json and the weights from the same artifact.",
+        )
     names = sorted({*(COMPANIONS & source.files.keys()), *shards, *([] if index is None else [index])})
     files = tuple((name, source.files[name]) for name in names)
     return Checkpoint(config, _as_dense(tensors) if is_sparse else tensors, shards, files, is_sparse)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from workers.architectures import Architecture, row_of
+from workers.architectures.compact import compact_of, is_transposed, problem_of
 from workers.errors import UserError
 from workers.sources.safetensors_header import TensorInfo
 
@@ -105,7 +106,7 @@ def linear_in_features(config: Mapping[str, Any], tensors: Mapping[str, TensorIn
             if name.endswith(_PACKED):
                 widths.add(tensor.shape[1] * _codes_a_word(config))
             elif name.endswith(".weight"):
-                widths.add(tensor.shape[0 if row.is_transposed else 1])
+                widths.add(tensor.shape[0 if is_transposed(row, name.removesuffix(".weight")) else 1])
     return tuple(sorted(widths))
 
 
@@ -130,6 +131,8 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
             continue
         if type(value) is not int or not 1 <= value <= _MAX_DIMENSION:
             raise _invalid(f"{key} in config.json is not a positive number of a sensible size")
+    if problem := problem_of(row, config):
+        raise _invalid(problem)
     dtype = config.get("dtype", config.get("torch_dtype"))
     if dtype is not None and dtype not in _DTYPES:
         raise _invalid(f"dtype in config.json is not one of {', '.join(_DTYPES)}")
@@ -147,7 +150,7 @@ def check_config(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -
             f"{embedding.shape}"
         )
     _check_dtypes(tensors)
-    _check_blocks(row, config[row.size("num_hidden_layers")], tensors)
+    _check_blocks(row, config, tensors)
     heads = {f"{row.head}{suffix}" for suffix in (".weight", _PACKED)}
     if not row.is_tied(config) and not heads & set(tensors):
         raise _missing(f"{row.head}.weight")
@@ -167,14 +170,17 @@ def _check_dtypes(tensors: Mapping[str, TensorInfo]) -> None:
         raise _invalid(f"{name} is of type {tensor.dtype}, not one of {', '.join(_FLOATS)}")
 
 
-def _check_blocks(row: Architecture, num_blocks: int, tensors: Mapping[str, TensorInfo]) -> None:
+def _check_blocks(row: Architecture, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> None:
+    compact, num_blocks = compact_of(config), config[row.size("num_hidden_layers")]
+    stored = [index for index in range(num_blocks) if f"{row.blocks}.{index}" not in compact.sources]
     index = re.compile(rf"{re.escape(row.blocks)}\.([0-9]{{1,8}})\.")
     present = {int(match[1]) for name in tensors if (match := index.match(name))}
-    if len(present) != num_blocks or max(present, default=-1) != num_blocks - 1:
+    if present != set(stored):
         raise _invalid(f"num_hidden_layers in config.json is {num_blocks} and the weights hold {len(present)} blocks")
-    for block in range(num_blocks):
-        for layer in row.linear_layers:
-            name = f"{row.blocks}.{block}.{layer}"
+    for number in stored:
+        block = f"{row.blocks}.{number}"
+        for layer in (each for group in compact.groups(row, block) for each in group):
+            name = f"{block}.{layer}"
             tensor = tensors.get(f"{name}.weight") or tensors.get(f"{name}{_PACKED}")
             if tensor is None:
                 raise _missing(f"{name}.weight")

@@ -16,6 +16,7 @@ from workers.techniques.gradual_pruning import GradualPruning
 from workers.techniques.iterate import Iterate, placed
 from workers.techniques.logit_distillation import LogitDistillation
 from workers.techniques.lora_recovery import LoraRecovery
+from workers.techniques.low_rank import LowRank
 from workers.techniques.magnitude import Magnitude
 from workers.techniques.mixed_precision import MixedPrecision
 from workers.techniques.options import ChosenLayers, LayerOptions, StageOptions
@@ -23,6 +24,7 @@ from workers.techniques.pruning_options import PruningOptions
 from workers.techniques.quantization_aware_finetuning import QuantizationAwareFineTuning
 from workers.techniques.quantization_options import QuantizationOptions
 from workers.techniques.round_to_nearest import RoundToNearest
+from workers.techniques.share_layers import ShareLayers
 from workers.techniques.sliding_window import SlidingWindow
 from workers.techniques.smoothquant import SmoothQuant
 from workers.techniques.sparsegpt import SparseGPT
@@ -48,7 +50,9 @@ Stage = Annotated[
     | WidthPruning
     | VocabularyPruning
     | TieEmbeddings
+    | ShareLayers
     | SlidingWindow
+    | LowRank
     | LogitDistillation
     | LoraRecovery
     | GradualPruning
@@ -76,12 +80,14 @@ __all__ = [
     "LayerOptions",
     "LogitDistillation",
     "LoraRecovery",
+    "LowRank",
     "Magnitude",
     "MixedPrecision",
     "PruningOptions",
     "QuantizationAwareFineTuning",
     "QuantizationOptions",
     "RoundToNearest",
+    "ShareLayers",
     "SlidingWindow",
     "SmoothQuant",
     "SparseGPT",

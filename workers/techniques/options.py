@@ -76,6 +76,7 @@ class LayerOptions(ChosenLayers):
     """Options of a stage that compresses linear layers one by one, as the engine's stream comes past them."""
 
     rescales_inputs: ClassVar[bool] = False
+    leaves_model: ClassVar[bool] = False  # another model, which stages after it have to see whole
 
     @property
     def relative_time(self) -> float:

@@ -92,12 +92,13 @@ def open_whole(skeleton: Skeleton, *, trains: bool) -> Whole:
         UserError: ``checkpoint_mismatch`` or ``non_finite_weights``.
     """
     architecture = skeleton.architecture
-    blocks = map(skeleton.block_name, range(skeleton.num_blocks))
+    own = [index for index in range(skeleton.num_blocks) if skeleton.source_block(index) == index]
+    blocks = map(skeleton.block_name, own)
     for name in (*skeleton.present(architecture.before_blocks), *blocks, *skeleton.present(architecture.after_blocks)):
         skeleton.load(name)
     skeleton.load_head()
-    for head, source in architecture.tied_parameters(skeleton.checkpoint.config).items():
-        module, _, name = head.rpartition(".")
+    for tied, source in skeleton.tied_parameters.items():
+        module, _, name = tied.rpartition(".")
         setattr(skeleton.module(module), name, skeleton.model.get_parameter(source))
     model = skeleton.model
     missing = [name for name, parameter in model.named_parameters() if parameter.is_meta]

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from workers.architectures.compact import is_transposed
 from workers.engine.layer import grid_of
 from workers.solvers.quantization import Grid, choose_scales
 from workers.techniques import QuantizationAwareFineTuning
@@ -96,7 +97,7 @@ def round_weights(
             continue
         module: Any = skeleton.module(layer)
         grid = grid_of(stage, skeleton.linear_shape(layer)[1], skeleton.checkpoint.stored_dtype(f"{layer}.weight"))
-        turned = skeleton.architecture.is_transposed
+        turned = is_transposed(skeleton.architecture, layer)
         rounded = Rounded(module.weight, grid, is_transposed=turned, scales=_scales_of(codes, layer))
         if codes:
             _move_near(module.weight, rounded, codes, layer)

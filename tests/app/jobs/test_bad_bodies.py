@@ -68,6 +68,14 @@ def rounds(*stages: dict[str, Any]) -> dict[str, Any]:
         ([PRUNING, TOKENS], "stages_conflict", "recipe.stages[1].technique"),
         ([{"technique": "tie_embeddings", "keep": "both"}], "invalid_value", "recipe.stages[0].keep"),
         ([{"technique": "tie_embeddings"}], "nothing_changed", "recipe.stages[0].technique"),
+        ([{"technique": "low_rank", "rank": 8, "ratio": 0.5}], "invalid_value", "recipe.stages[0].ratio"),
+        ([PRUNING, {"technique": "low_rank", "rank": 8}], "stages_conflict", "recipe.stages[1].technique"),
+        ([{"technique": "share_layers", "groups": [[0, 2]]}], "invalid_value", "recipe.stages[0].groups"),
+        (
+            [{"technique": "share_layers", "group_size": 2}, {"technique": "gptq"}],
+            "stages_conflict",
+            "recipe.stages[1].technique",
+        ),
         ([PRUNING, {**DEPTH, "num_blocks": 1}], "stages_conflict", "recipe.stages[1].technique"),
         ([WIDTH], "invalid_value", "recipe.stages[0].intermediate_size"),
         (
