@@ -153,6 +153,16 @@ def test_training_and_codes_follow_on_the_factors(models: dict[str, Path], tmp_p
     }
 
 
+def test_factors_of_transposed_layers_are_trained_as_codes(models: dict[str, Path], tmp_path: Path) -> None:
+    """GPT-2's layers lie as in_features × out_features, and their factors do not."""
+    training = {"num_steps": 2, "batch_size": 4, "max_seq_length": 32}
+    qat = {"technique": "quantization_aware_finetuning", "scheme": "W3A16", "group_size": None, **training}
+    recipe = {"stages": [HALF, qat], "training": {"dataset": {"texts": TEXTS[60:120]}}, **SMALL}
+    attempt = certified(tmp_path / "work", models["gpt2"], recipe)
+    _, stage = attempt.report["stages"]
+    assert "transformer.h.1.mlp.c_proj.out_factor" in stage["layers"]
+
+
 def test_a_later_job_starts_from_factors_and_rescales_what_they_pass_on(
     attempts: dict[str, Attempt], tmp_path: Path
 ) -> None:
