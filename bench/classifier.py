@@ -147,16 +147,15 @@ def measure(name: str, epochs: float, student_epochs: float) -> None:
     shape = {"max_seq_length": MAX_LENGTH, "learning_rate": 1e-4, "num_epochs": epochs}
     tune = {"technique": "fine_tuning", "task": "classification", **shape}
     teacher = run_job(f"{name}-teacher", minilm(), recipe_of(name, tune), folder)
-    student = {**shape, "num_epochs": student_epochs}
-    half = {"technique": "depth_pruning", "num_blocks": NUM_BLOCKS_LEFT_OUT}
-    distilled = {"technique": "logit_distillation", "alpha": 0.5, **student}
     preset = PRESETS["classifier-7x"].recipe["stages"]
     preset = [stage | ({"num_epochs": student_epochs} if "num_epochs" in stage else {}) for stage in preset]
+    [distilled] = [stage for stage in preset if stage["technique"] == "logit_distillation"]
+    half = {"technique": "depth_pruning", "num_blocks": NUM_BLOCKS_LEFT_OUT}
     made = {
         "teacher": teacher,
         "half, distilled": run_job(f"{name}-half", teacher, recipe_of(name, half, distilled), folder),
         "half, tuned without the teacher": run_job(
-            f"{name}-half-alone", teacher, recipe_of(name, half, {"technique": "fine_tuning", **student}), folder
+            f"{name}-half-alone", teacher, recipe_of(name, half, {**distilled, "alpha": 1.0}), folder
         ),
         "half, cut alone": run_job(f"{name}-half-cut", teacher, recipe_of(name, half), folder),
         "classifier-7x": run_job(f"{name}-7x", teacher, recipe_of(name, *preset), folder),
