@@ -52,10 +52,10 @@ lint: $(INSTALLED)
 	$(VENV)/bin/lint-imports
 
 check: lint
-	$(PYTEST) --dist loadfile -m "not service and not job and not long"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not service and not job and not long"
 
 test: lint
-	$(PYTEST) --dist loadfile -m "not long"
+	$(PYTEST) --dist loadfile --no-loadscope-reorder -m "not long"
 
 test-long: $(INSTALLED)
 	$(PYTEST) -m long

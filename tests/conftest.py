@@ -23,6 +23,12 @@ from app.settings import Settings
 from tests.models import write_tiny_llama
 
 _TEMPLATE = "attar_test_template"
+# Files that take minutes begin first: two processes that share the tests by file end at about the same time then.
+_LONGEST = (
+    *("training/test_inequalities", "supervisor/test_resume", "training/test_stages", "tests/test_walkthrough"),
+    *("training/test_processes", "techniques/test_iterate", "tests/app/test_serve", "workers/test_memory"),
+    *("techniques/test_quantization_aware_finetuning", "workers/test_full_disk", "workers/test_pipeline"),
+)
 _numbers = itertools.count(1)
 
 
@@ -125,10 +131,19 @@ def _with_path(url: str, path: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark what needs the servers, and what runs the processes of whole jobs: the quick check leaves both out."""
+    """Mark what needs the servers, and what runs the processes of whole jobs: the quick check leaves both out.
+
+    And put what takes longest first.
+    """
     for item in items:
         if "servers" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.service)
         used = {getattr(value, "__module__", None) for value in vars(getattr(item, "module", None) or object).values()}
         if "tests.workers.attempts" in used:
             item.add_marker(pytest.mark.job)
+    items.sort(key=_place)
+
+
+def _place(item: pytest.Item) -> int:
+    path = item.path.with_suffix("").as_posix()
+    return next((index for index, name in enumerate(_LONGEST) if path.endswith(name)), len(_LONGEST))

@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from workers.architectures import architecture_of
+from workers.architectures.compact import IN_FACTOR
 from workers.disk import write_json
 from workers.engine.change import check_changed
 from workers.engine.checkpoint import Checkpoint
@@ -165,6 +166,7 @@ def _check_stored_size(request: dict[str, Any], recipe: Recipe, skeleton: Skelet
 def _warn_of_ignored(recipe: Recipe, skeleton: Skeleton, emit: Emit) -> None:
     """Say which patterns name no layer: a typing error there would have a layer compressed that was to be spared."""
     names = {*skeleton.linear_layers, skeleton.architecture.embedding}
+    names |= {name.removesuffix(f".{IN_FACTOR}") for name in names}  # stages before a factorization knew these
     for place, stage in placed(recipe.stages):
         if not isinstance(stage, ChosenLayers):
             continue

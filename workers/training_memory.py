@@ -10,10 +10,10 @@ from workers.architectures import architecture_of
 from workers.errors import CrashError
 from workers.recipe import Recipe
 from workers.shapes import config_after
+from workers.shapes.matrices import sizes_between_layers
 from workers.shapes.parameters import fewest_parameters
-from workers.shapes.width import widths_of
 from workers.sources.facts import ModelFacts
-from workers.techniques import DistillationOptions, Iterate, Stage, TrainingOptions, VocabularyPruning
+from workers.techniques import DistillationOptions, Iterate, LoraRecovery, Stage, TrainingOptions, VocabularyPruning
 
 _FLOAT32_BYTES = 4
 # Of each parameter, in float32: itself, its gradient, and the two moments of Adam.
@@ -89,7 +89,8 @@ def _memory_of(stage: TrainingOptions, param: str, stages: Sequence[Stage], fact
         # The teacher loses tokens with the student, and nothing else.
         shared = [each for each in stages if isinstance(each, VocabularyPruning)]
         num_taught = sum(fewest_parameters(shared, facts))
-    num_copies = _COPIES_IN_TRAINING + (1 if stage.patience is not None else 0)
+    # Of adapters there are as many copies, but they are a few hundredths of the weights.
+    num_copies = 1 if isinstance(stage, LoraRecovery) else _COPIES_IN_TRAINING + (stage.patience is not None)
     return TrainingMemory(
         param,
         stage.num_processes,
@@ -100,14 +101,14 @@ def _memory_of(stage: TrainingOptions, param: str, stages: Sequence[Stage], fact
 
 def _passing_bytes(stage: TrainingOptions, config: Mapping[str, Any]) -> int:
     """Activations that one micro-batch leaves for the way back, and its logits: float32, with all blocks."""
-    architecture, widths = architecture_of(config), widths_of(config)
+    architecture, (hidden_size, inner_size) = architecture_of(config), sizes_between_layers(config)
     length = min(stage.max_seq_length, architecture.max_positions(config) or stage.max_seq_length)
     num_tokens = length * min(stage.samples_at_a_time, stage.batch_size)
     num_blocks = int(config[architecture.size("num_hidden_layers")])
-    a_token = _HIDDEN_STATES_KEPT * widths.hidden_size + _INNER_STATES_KEPT * widths.intermediate_size
+    a_token = _HIDDEN_STATES_KEPT * hidden_size + _INNER_STATES_KEPT * inner_size
     if architecture.task != "causal":
         return _FLOAT32_BYTES * num_tokens * num_blocks * a_token
     vocabulary_size = int(config["vocab_size"])
     logits = _COPIES_OF_LOGITS * min(num_tokens, _ROWS_OF_LOGITS) * vocabulary_size
-    head = _COPIES_OF_HEAD * vocabulary_size * widths.hidden_size
+    head = _COPIES_OF_HEAD * vocabulary_size * hidden_size
     return _FLOAT32_BYTES * (num_tokens * num_blocks * a_token + logits + head)

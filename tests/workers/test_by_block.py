@@ -214,7 +214,7 @@ def test_progress_rises_block_by_block(tmp_path: Path) -> None:
     fractions = [event["fraction"] for event in attempt.events if event["event"] == "progress"]
     assert fractions == sorted(fractions)
     evaluating = [event for event in attempt.events if event.get("step") == "certify.evaluate"]
-    num_windows = attempt.report["quality"]["num_windows"]
+    num_windows = sum(attempt.report[part]["num_windows"] for part in ("quality", "quality_apart"))
     assert len(evaluating) == num_windows * (2 * 2 + 1)  # so little memory that each is read by itself
 
 

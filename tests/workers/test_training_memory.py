@@ -48,6 +48,11 @@ def test_state_is_weights_gradients_moments_the_best_weights_and_the_teacher(fac
     assert copies(facts, DISTIL, {**DISTIL, "teacher_top_k": 4}, {**DISTIL, "alpha": 1.0}) == [5, 4, 4]
 
 
+def test_adapters_need_no_copies_of_what_they_adapt(facts: ModelFacts) -> None:
+    assert copies(facts, {**DISTIL, "technique": "lora_recovery"}) == [2]
+    assert copies(facts, {**DISTIL, "technique": "lora_recovery", "teacher_top_k": 8}) == [1]
+
+
 def test_a_student_is_as_small_as_stages_before_have_made_it(facts: ModelFacts) -> None:
     [alone], [cut, later] = copies(facts, DISTIL), copies(facts, HALF, DISTIL, TUNE)
     embedding = 384 * 64 / facts.num_parameters

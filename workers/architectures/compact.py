@@ -6,6 +6,7 @@ with its rank, a block with the one whose parameters it has. ``workers.formats.l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,25 +77,34 @@ def is_transposed(architecture: Architecture, layer: str) -> bool:
 
 def problem_of(architecture: Architecture, config: Mapping[str, Any]) -> str | None:
     """What is wrong with the entry of a config.json, which anyone may have written; None for a sound one."""
-    entry = config.get(KEY)
-    if entry is None:
+    if KEY not in config:
         return None
+    entry = config[KEY]
     if not isinstance(entry, Mapping) or not set(entry) <= {"low_rank", "shared"}:
         return f"{KEY} has to have low_rank and shared, and nothing else"
     ranks, sources = entry.get("low_rank", {}), entry.get("shared", {})
     if not isinstance(ranks, Mapping) or not isinstance(sources, Mapping):
         return f"low_rank and shared in {KEY} have to be objects"
-    blocks = [f"{architecture.blocks}.{index}" for index in range(config[architecture.size("num_hidden_layers")])]
-    layers = {f"{block}.{layer}" for block in blocks for layer in architecture.linear_layers}
+    if not ranks and not sources:
+        return f"{KEY} names no layer and no block"
     # A rank that is no less than the hidden size, or the next larger one, makes nothing smaller.
     most = max(int(config.get(architecture.size(name)) or 0) for name in ("hidden_size", "intermediate_size"))
+    num_blocks = config[architecture.size("num_hidden_layers")]
     for layer, rank in ranks.items():
-        if layer not in layers or type(rank) is not int or not 1 <= rank <= most:
+        block, rest = _split(architecture, layer)
+        is_layer = 0 <= block < num_blocks and rest in architecture.linear_layers
+        if not is_layer or type(rank) is not int or not 1 <= rank <= most:
             return f"low_rank in {KEY} names {str(layer)[:100]!r}, which is no layer of a block, or a rank beyond it"
     for block, source in sources.items():
-        is_earlier = block in blocks and source in blocks and blocks.index(source) < blocks.index(block)
-        if not is_earlier or source in sources:
+        (number, rest), (earlier, rest_of_source) = (_split(architecture, name) for name in (block, source))
+        if not 0 <= earlier < number < num_blocks or rest or rest_of_source or source in sources:
             return f"shared in {KEY} has {str(block)[:100]!r}, which has not the parameters of an earlier block"
-    if any(layer.startswith(f"{block}.") for block in sources for layer in ranks):
+    if any(f"{architecture.blocks}.{_split(architecture, layer)[0]}" in sources for layer in ranks):
         return f"{KEY} gives ranks to layers of a block that has another's parameters"
     return None
+
+
+def _split(architecture: Architecture, name: Any) -> tuple[int, str]:
+    """The number of the block that a name begins with, −1 where it does not, and what follows it."""
+    found = re.fullmatch(re.escape(architecture.blocks) + r"\.(0|[1-9][0-9]{0,8})(?:\.(.+))?", str(name), re.ASCII)
+    return (int(found[1]), found[2] or "") if found else (-1, "")

@@ -47,7 +47,7 @@ def load_model(folder: str | Path, dtype: Any = "auto", **options: Any) -> Any:
             weights |= load_file(folder / name)
         except SafetensorError as error:
             raise ValueError(f"{name} is damaged: {error}") from None
-    for block, source in _shared(config).items():
+    for block, source in _entry(config, "shared", str).items():
         weights |= {
             block + name.removeprefix(source): weights[name] for name in list(weights) if name.startswith(f"{source}.")
         }
@@ -103,6 +103,7 @@ def compact_class(model_class: type) -> type:
 
 def factor_layers(model: Any) -> None:
     """Put two linear layers in the place of each that the model's config gives a rank."""
+    import torch
     from torch import nn
 
     class LowRankLinear(nn.Sequential):
@@ -110,30 +111,49 @@ def factor_layers(model: Any) -> None:
 
         @property
         def weight(self) -> Any:
-            """Of the one that gives the output: GPT-2's code asks for it, and begins it anew unless it was loaded."""
-            return self[-1].weight
+            """Of the one that gives the output: GPT-2's code asks for it, and begins it anew unless it was loaded.
 
-    for name, rank in (getattr(model.config, KEY, None) or {}).get("low_rank", {}).items():
-        layer = model.get_submodule(name)
-        # A linear layer, or GPT-2's Conv1D.
-        columns, rows = (layer.nx, layer.nf) if hasattr(layer, "nf") else (layer.in_features, layer.out_features)
+            Packed codes have none: something empty may be begun anew.
+            """
+            return getattr(self[-1], "weight", torch.empty(0))
+
+    for name, rank in _entry(model.config, "low_rank", int).items():
+        layer = _submodule(model, name)
+        if hasattr(layer, "nf"):  # GPT-2's Conv1D
+            columns, rows = layer.nx, layer.nf
+        elif isinstance(layer, nn.Linear):
+            columns, rows = layer.in_features, layer.out_features
+        else:
+            raise ValueError(f"config.json gives a rank to {name}, which is no linear layer")
+        if not 1 <= rank <= max(columns, rows):
+            raise ValueError(f"config.json gives {name} a rank of {rank}")
         factors: OrderedDict[str, nn.Module] = OrderedDict(
             in_factor=nn.Linear(columns, rank, bias=False),
             out_factor=nn.Linear(rank, rows, bias=layer.bias is not None),
         )
         parent, _, own_name = name.rpartition(".")
-        setattr(model.get_submodule(parent), own_name, LowRankLinear(factors))
+        setattr(_submodule(model, parent), own_name, LowRankLinear(factors))
 
 
 def share_parameters(model: Any) -> None:
     """Give blocks that share the very parameters of their sources: one in memory, and one to train."""
-    for block, source in _shared(model.config).items():
-        for name, module in model.get_submodule(block).named_modules():
-            twin = model.get_submodule(f"{source}.{name}" if name else source)
+    for block, source in _entry(model.config, "shared", str).items():
+        for name, module in _submodule(model, block).named_modules():
+            twin = _submodule(model, f"{source}.{name}" if name else source)
             module._parameters.update(twin._parameters)
 
 
-def _shared(config: Any) -> dict[str, str]:
-    """Blocks, each with the one whose parameters it has."""
-    shared: dict[str, str] = (getattr(config, KEY, None) or {}).get("shared", {})
-    return shared
+def _entry(config: Any, name: str, kind: type) -> dict[str, Any]:
+    """A part of the entry of config.json; ValueError where it is not one."""
+    entry = getattr(config, KEY, {})
+    part = entry.get(name, {}) if isinstance(entry, dict) else None
+    if not isinstance(part, dict) or not all(type(value) is kind for value in part.values()):
+        raise ValueError(f"config.json has no sound {name} in {KEY}")
+    return part
+
+
+def _submodule(model: Any, name: str) -> Any:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise ValueError(f"config.json names {name}, which the model has not") from None

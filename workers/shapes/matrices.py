@@ -16,6 +16,16 @@ def in_features(config: Mapping[str, Any]) -> tuple[int, ...]:
     return tuple(sorted({columns for _, columns in _matrices_of_block(config)}))
 
 
+def sizes_between_layers(config: Mapping[str, Any]) -> tuple[int, int]:
+    """How wide states are between the blocks, and inside of one: its neurons, or the channels of a recurrence."""
+    architecture = architecture_of(config)
+    if architecture.is_recurrent:
+        hidden_size = int(config["hidden_size"])
+        return hidden_size, int(config.get("expand", architecture.default_sizes["expand"])) * hidden_size
+    widths = widths_of(config)
+    return widths.hidden_size, widths.intermediate_size
+
+
 def num_weights_of_blocks(config: Mapping[str, Any]) -> int:
     """Of the linear layers of all blocks, those that blocks share once, and none as factors."""
     return num_stored_blocks(config) * sum(rows * columns for rows, columns in _matrices_of_block(config))

@@ -60,9 +60,17 @@ def config_of_shared_blocks(stage: ShareLayers, param: str, config: Mapping[str,
 def check_compact(stage: StageOptions, param: str, config: Mapping[str, Any]) -> None:
     """Refuse a stage, at ``param``, that a model of this config, with factors or shared blocks, cannot go through.
 
-    Raises UserError ``stages_conflict``.
+    Raises UserError ``stages_conflict`` or ``unsupported_architecture``.
     """
     compact = compact_of(config)
+    if isinstance(stage, LowRank) and architecture_of(config).is_recurrent:
+        raise UserError(
+            "unsupported_architecture",
+            f"transformers computes with the weights of a {config['model_type']} itself, and not with its layers: none "
+            "can be two factors.",
+            param=f"{param}.technique",
+            hint="Use depth_pruning or quantization, or distil into a student of another shape.",
+        )
     cuts = isinstance(stage, DepthPruning | WidthPruning | ShareLayers | LowRank)
     cuts = cuts or (isinstance(stage, LogitDistillation) and stage.reshapes and not stage.makes_new_type)
     problem = None

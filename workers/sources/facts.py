@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from workers.architectures import Architecture, row_of
-from workers.architectures.compact import compact_of, is_transposed, problem_of
+from workers.architectures.compact import IN_FACTOR, OUT_FACTOR, compact_of, is_transposed, problem_of
 from workers.errors import UserError
 from workers.sources.safetensors_header import TensorInfo
 
@@ -100,7 +100,8 @@ def linear_in_features(config: Mapping[str, Any], tensors: Mapping[str, TensorIn
     if row is None:
         return ()
     widths = set()
-    layers = tuple(f".{layer}{end}" for layer in row.linear_layers for end in (".weight", _PACKED))
+    names = [f".{layer}{factor}" for layer in row.linear_layers for factor in ("", f".{IN_FACTOR}", f".{OUT_FACTOR}")]
+    layers = tuple(f"{name}{end}" for name in names for end in (".weight", _PACKED))
     for name, tensor in tensors.items():
         if name.startswith(row.blocks + ".") and name.endswith(layers) and len(tensor.shape) == 2:
             if name.endswith(_PACKED):

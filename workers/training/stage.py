@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from workers.architectures import Architecture
+from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import release_memory
 from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
@@ -94,9 +95,23 @@ class TrainingStage:
             learned = learn_in_processes(lesson, stage.num_processes, listener)
         _forget_models()
         self.journal.decided_under.extend(learned.fingerprints)
+        self._check_changed(lesson.folder / CHECKPOINT)
         samples = Samples(samples_folder(lesson.folder))
         metrics = _metrics(learned, lesson, samples)
         return {"metrics": metrics, "fallbacks": learned.fallbacks, "layers": learned.layers}
+
+    def _check_changed(self, folder: Path) -> None:
+        """Raise UserError ``nothing_changed`` where every stored value is what it was before."""
+        before, after = self.student.checkpoint, Checkpoint(folder)
+        if self.first_codes is None and all(
+            torch.equal(after.parameter(name), before.parameter(name)) for name in after.parameters()
+        ):
+            raise UserError(
+                "nothing_changed",
+                "The training moved no weight by as much as its stored type tells apart.",
+                param=f"{self.param}.learning_rate",
+                hint="Raise learning_rate, or train for more steps.",
+            )
 
     def _lesson(self) -> Lesson:
         """What is to be learned, with all that is written before the first step, or found where it was written."""

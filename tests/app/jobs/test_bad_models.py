@@ -66,7 +66,7 @@ def linked_weights(folder: Path) -> None:
         (called("roberta", "RobertaForTokenClassification"), "unsupported_task"),
         (called("distilbert", "DistilBertForQuestionAnswering"), "unsupported_task"),
         (called("llama", "LlamaForSequenceClassification"), "unsupported_task"),
-        (called("mamba", "MambaForCausalLM"), "unsupported_architecture"),
+        (called("rwkv", "RwkvForCausalLM"), "unsupported_architecture"),
         (called("albert", "AlbertForMaskedLM"), "unsupported_architecture"),
         (linked_weights, "symlink_refused"),
     ],

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.models import write_tiny_llama
 from workers.architectures import ARCHITECTURES
 from workers.architectures.compact import Compact, compact_of, problem_of
-from workers.formats.load_compact import WEIGHTS_INDEX, weight_files
+from workers.formats.load_compact import WEIGHTS_INDEX, load_model, weight_files
 
 CONFIG = {"model_type": "llama", "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128}
 ROW = ARCHITECTURES["llama", "causal"]
@@ -23,7 +25,6 @@ DOWN = "model.layers.0.mlp.down_proj"
         {"low_rank": {DOWN: 12}},
         {"shared": {"model.layers.2": "model.layers.0"}},
         {"low_rank": {DOWN: 1}, "shared": {"model.layers.2": "model.layers.1"}},
-        {},
     ],
 )
 def test_a_sound_description_is_taken(entry: dict[str, Any]) -> None:
@@ -34,7 +35,13 @@ def test_a_sound_description_is_taken(entry: dict[str, Any]) -> None:
     "entry",
     [
         [],
+        {},
+        None,
+        {"low_rank": {}, "shared": {}},
         {"ranks": {}},
+        {"low_rank": {"model.layers.00.mlp.down_proj": 12}},
+        {"low_rank": {"model.layers.0": 12}},
+        {"shared": {"model.layers.1.mlp": "model.layers.0.mlp"}},
         {"low_rank": [DOWN]},
         {"low_rank": {DOWN: 0}},
         {"low_rank": {DOWN: 10**9}},
@@ -52,6 +59,38 @@ def test_a_sound_description_is_taken(entry: dict[str, Any]) -> None:
 )
 def test_an_unsound_description_is_refused(entry: Any) -> None:
     assert problem_of(ROW, {**CONFIG, "attar": entry})
+
+
+def test_a_long_description_takes_no_long_time() -> None:
+    shared = {f"model.layers.{number}": "model.layers.0" for number in range(1, 50_000)}
+    begin = time.process_time()
+    assert problem_of(ROW, {**CONFIG, "num_hidden_layers": 2**24, "attar": {"shared": shared}}) is None
+    assert time.process_time() - begin < 2
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        [],
+        "low_rank",
+        {"low_rank": [DOWN]},
+        {"low_rank": {DOWN: "12"}},
+        {"low_rank": {DOWN: 0}},
+        {"low_rank": {DOWN: 1000}},
+        {"low_rank": {"model.layers.7.mlp.down_proj": 4}},
+        {"low_rank": {"model.norm": 4}},
+        {"shared": {"model.layers.1": None}},
+        {"shared": {"model.layers.1": "model.layers.9"}},
+        {"shared": {"model.layers.1": "model.norm"}},
+    ],
+)
+def test_the_loader_says_what_is_wrong_with_a_description(entry: Any, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path)
+    (tmp_path / "model.safetensors").rename(tmp_path / "compact.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "attar": entry}))
+    with pytest.raises(ValueError, match=r"config\.json"):
+        load_model(tmp_path)
 
 
 def test_factors_stand_in_the_groups_of_their_layers() -> None:

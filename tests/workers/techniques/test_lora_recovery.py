@@ -195,6 +195,13 @@ def test_convolutions_and_classifiers_are_repaired_before_they_are_rounded(tmp_p
         assert metrics["held_out_loss"] < metrics["original_held_out_loss"]
 
 
+def test_what_moves_no_stored_weight_is_no_success(model: Path, tmp_path: Path) -> None:
+    stage = {**REPAIR, "learning_rate": 1e-12, "num_steps": 2}
+    with pytest.raises(UserError) as raised:
+        compressed(tmp_path / "work", model, recipe_of(stage))
+    assert (raised.value.code, raised.value.param) == ("nothing_changed", "recipe.stages[0].learning_rate")
+
+
 def test_what_makes_no_sense_is_refused(model: Path, tmp_path: Path) -> None:
     for changes in ({"rank": 0}, {"lora_alpha": 0.0}, {"initialization": "random"}, {"initialization": "gptq"}):
         with pytest.raises(ValueError, match=next(iter(changes))):

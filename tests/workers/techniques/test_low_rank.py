@@ -22,6 +22,7 @@ from workers.formats import load_compact
 from workers.formats.opening import check_loads
 from workers.pipeline import compress
 from workers.recipe import Recipe
+from workers.sources.inspection import inspect_model
 
 HALF: dict[str, Any] = {"technique": "low_rank", "ratio": 0.5, "ignore": ["*.0.mlp.down_proj"]}
 MODELS: dict[str, tuple[Task, dict[str, Any]]] = {
@@ -172,6 +173,15 @@ def test_a_later_job_starts_from_factors_and_rescales_what_they_pass_on(
     assert "load_compact" in attempt.report["load_snippet"]
     [stage] = attempt.report["stages"]
     assert "model.layers.1.mlp.up_proj.out_factor" in stage["layers"]
+
+
+def test_packed_factors_of_transposed_layers_open(attempts: dict[str, Attempt], tmp_path: Path) -> None:
+    codes = {"technique": "round_to_nearest", "scheme": "W4A16", "group_size": 4}
+    attempt = certified(tmp_path / "work", attempts["gpt2"].artifact, {"stages": [codes], **SMALL})
+    assert attempt.report["size"]["artifact_bytes"] < attempts["gpt2"].report["size"]["artifact_bytes"]
+    artifact = attempts["gpt2"].artifact
+    facts = inspect_model("file:artifact", model_roots=[artifact.parent])
+    assert len(facts.linear_in_features) > 1
 
 
 @pytest.mark.parametrize("later", [HALF, {"technique": "width_pruning", "keep_intermediate": 0.5}])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from bench.scoring import paired_difference
 from tests.trained import texts, write_trained_llama
 from tests.workers.attempts import compressed
+from workers.formats.opening import open_checkpoint
 
 LENGTH = 128
 SHAPE = {"num_steps": 40, "batch_size": 8, "max_seq_length": LENGTH, "learning_rate": 2e-3, "precision": "float32",
@@ -68,7 +69,7 @@ def losses(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Losses:
 
 @torch.inference_mode()
 def _token_losses(folder: Path, ids: Tensor) -> Tensor:
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = open_checkpoint(folder, torch.device("cpu")).model
     windows = ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
     logits = model(input_ids=windows, use_cache=False).logits[:, :-1]
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").double()
@@ -89,17 +90,26 @@ def test_a_student_learns_most_from_its_teacher_and_what_it_kept(cut: str, losse
     assert is_lower(losses(), distilled)  # nor does it know more than who taught it
 
 
-def test_pruning_in_rounds_loses_less_than_at_once(losses: Losses) -> None:
-    prune = {"technique": "magnitude", "sparsity": 0.6}
-    rounds = {"technique": "iterate", "rounds": 4, "stages": [prune, {**DISTIL, "num_steps": 10}]}
-    assert is_lower(losses(rounds), losses(prune, DISTIL))
-
-
 def test_text_of_the_teacher_gives_back_half_of_what_real_text_does(losses: Losses) -> None:
     synthetic = {**DISTIL, "alpha": 0.0, "synthetic": {"num_samples": 320}}
     cut, real, own = losses(CUTS["width"]), losses(CUTS["width"], DISTIL), losses(CUTS["width"], synthetic)
     assert is_lower(own, cut)
     assert is_lower(own, (cut + real) / 2)
+
+
+@pytest.mark.parametrize(
+    ("taken", "given"),
+    [
+        ({"technique": "low_rank", "ratio": 0.5}, {**DISTIL, "technique": "lora_recovery"}),
+        ({"technique": "share_layers", "groups": [[2, 3], [4, 5]]}, DISTIL),
+    ],
+    ids=["low-rank", "shared"],
+)
+def test_recovery_gives_back_what_factors_and_shared_blocks_took(
+    taken: dict[str, Any], given: dict[str, Any], losses: Losses
+) -> None:
+    assert is_lower(losses(), losses(taken))
+    assert is_lower(losses(taken, given), losses(taken))
 
 
 @pytest.mark.parametrize(("bits", "other"), [(2, "gptq"), (3, "gptq"), (4, "round_to_nearest")])
