@@ -25,8 +25,9 @@ from tests.models import write_tiny_llama
 _TEMPLATE = "attar_test_template"
 # Files that take minutes begin first: two processes that share the tests by file end at about the same time then.
 _LONGEST = (
-    *("training/test_inequalities", "supervisor/test_resume", "training/test_stages", "tests/test_walkthrough"),
-    *("training/test_processes", "techniques/test_iterate", "tests/app/test_serve", "workers/test_memory"),
+    *("training/test_inequalities", "supervisor/test_resume", "tests/test_walkthrough", "training/test_kept_work"),
+    *("training/test_processes", "techniques/test_iterate", "training/test_stages", "tests/app/test_serve"),
+    *("workers/test_memory", "training/test_classifiers"),
     *("techniques/test_quantization_aware_finetuning", "workers/test_full_disk", "workers/test_pipeline"),
 )
 _numbers = itertools.count(1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,9 @@ from workers.export import copy_companions, plain_config
 from workers.formats.parts import Parts
 from workers.recipe import Recipe
 from workers.recipe_parts import Output
+from workers.rounds import Rounds
 from workers.stage_report import stage_report
+from workers.stage_runs import Place, Placed, Report, report_of, runs_of
 from workers.techniques import (
     GPTQ,
     Iterate,
@@ -33,7 +34,6 @@ from workers.techniques import (
     LogitDistillation,
     QuantizationAwareFineTuning,
     SparsityOptions,
-    StageOptions,
     StructureOptions,
     TrainingOptions,
     VocabularyPruning,
@@ -44,8 +44,6 @@ from workers.training.seeds import seed_of
 from workers.training.stage import TrainingStage
 
 Progress = Callable[[int, str, int, int, float], None]  # stage, step, block, num_blocks, fraction of the stage
-Report = dict[str, Any]
-Placed = tuple[str, StageOptions]  # a stage, and where it is in the recipe
 
 _MAKING_SHARE = 0.05  # of the time of a stage that makes a student and trains it, roughly
 _CODES = "codes"  # the folder with codes of a checkpoint that training begins with
@@ -77,8 +75,6 @@ class Preparation:
         self._progress = progress
         self._measured = measured
         self._finished = finished
-        self._round = ""  # of a stage that contains stages: which of them is run
-        self._span = (0.0, 1.0)  # of the fall of the learning rate: the part that a stage has, of a round
         self.keeps_zeros = False  # whether weights that are zero were pruned, and have to stay so
 
     def run(self, skeleton: Skeleton) -> Skeleton:
@@ -89,13 +85,13 @@ class Preparation:
         """
         teacher = skeleton
         early = [(self._recipe.param(index), stage) for index, stage in enumerate(self._recipe.early_stages)]
-        for first, stages in _runs(early):
-            journal = self._journal.inner(stage_name(first))
+        for first, stages in runs_of(early):
+            place, journal = self._place(first, len(stages)), self._journal.inner(stage_name(first))
             is_whole, [_, stage] = skeleton is teacher, stages[0]
             if isinstance(stage, VocabularyPruning) and not is_whole:
                 # A student can learn of tokens that it has alone, and reads text by them.
-                teacher, _ = self._change(teacher, teacher, stages, first, journal)
-            skeleton, reports = self._change(skeleton, teacher, stages, first, journal)
+                teacher, _ = self._change(teacher, teacher, stages, place, journal)
+            skeleton, reports = self._change(skeleton, teacher, stages, place, journal)
             # What learned its task before anything was taken from it is what a student learns from.
             takes_nothing = isinstance(stage, TrainingOptions) and not isinstance(stage, SparsityOptions)
             if is_whole and ((takes_nothing and not stage.reshapes) or isinstance(stage, VocabularyPruning)):
@@ -104,17 +100,20 @@ class Preparation:
                 self.reports.append(report)
                 self._finished(index, report["metrics"])
         if self._recipe.trains_codes:
-            index, last = len(self._recipe.stages) - 1, self._recipe.stages[-1]
+            last = self._recipe.stages[-1]
             assert isinstance(last, QuantizationAwareFineTuning)
-            skeleton, told = self._train_codes(skeleton, teacher, last, index)
-            self.training_of_codes = told["metrics"]
+            skeleton, report = self._train_codes(skeleton, teacher, last, self._place(len(self._recipe.stages) - 1))
+            self.training_of_codes = report["metrics"]
         return skeleton
 
+    def _place(self, first: int, num_stages: int = 1) -> Place:
+        """Of stages of the recipe that are run together; the last of them is said to be under way."""
+        return Place(first, partial(self._progress, first + num_stages - 1), str(first))
+
     def _train_codes(
-        self, skeleton: Skeleton, teacher: Skeleton, stage: QuantizationAwareFineTuning, index: int
-    ) -> tuple[Skeleton, dict[str, Any]]:
-        journal = self._journal.inner(stage_name(index))
-        param = self._recipe.param(index)
+        self, skeleton: Skeleton, teacher: Skeleton, stage: QuantizationAwareFineTuning, place: Place
+    ) -> tuple[Skeleton, Report]:
+        journal, param = self._journal.inner(stage_name(place.index)), self._recipe.param(place.index)
         first_codes: Path | None = None
         if stage.initialization == "gptq":
             beginning = journal.inner("beginning")
@@ -122,89 +121,87 @@ class Preparation:
             if not journal.is_whole(CHECKPOINT):
                 names = ("scheme", "group_size", "symmetric", "ignore")
                 gptq = GPTQ.model_validate({name: getattr(stage, name) for name in names})
-                self._compress_layers(skeleton, [(param, gptq)], index, beginning, keeps_codes=True)
-        return self._train(skeleton, teacher, stage, param, index, journal, first_codes)
+                self._compress_layers(skeleton, [(param, gptq)], place, beginning, keeps_codes=True)
+        return self._train(skeleton, teacher, (param, stage), place, journal, first_codes)
 
     def _change(
-        self, skeleton: Skeleton, teacher: Skeleton, stages: Sequence[Placed], index: int, journal: Journal
+        self, skeleton: Skeleton, teacher: Skeleton, stages: Sequence[Placed], place: Place, journal: Journal
     ) -> tuple[Skeleton, list[Report]]:
-        """The model after one run of stages, the first of which is in stage ``index`` of the recipe; their reports."""
+        """The model after one run of stages, and their reports."""
         param, stage = stages[0]
         if isinstance(stage, LayerOptions):
-            skeleton, reports = self._compress_layers(skeleton, stages, index, journal)
+            skeleton, reports = self._compress_layers(skeleton, stages, place, journal)
             self.keeps_zeros |= any(isinstance(each, SparsityOptions) for _, each in stages)
             return skeleton, reports
         if isinstance(stage, Iterate):
-            skeleton, report = self._iterate(skeleton, teacher, stage, param, index, journal)
-            return skeleton, [report]
-        if isinstance(stage, StructureOptions):
-            shaping = Shaping(
-                skeleton, param, self._texts, journal, self._waiting_bytes, partial(self._progress, index)
+            rounds = Rounds(stage, param, journal)
+            self.keeps_zeros |= rounds.num_done > 0 and isinstance(stage.pruning, SparsityOptions)
+            skeleton, report = rounds.run(
+                skeleton, place, lambda before, inner, *where: self._change(before, teacher, inner, *where)
             )
+        elif isinstance(stage, StructureOptions):
+            shaping = Shaping(skeleton, param, self._texts, journal, self._waiting_bytes, place.progress)
             skeleton, metrics = reshape(shaping, stage)
+            report = report_of(stage, metrics)
         elif isinstance(stage, LogitDistillation) and stage.student is not None:
-            skeleton, told = self._make_and_train(skeleton, teacher, stage, param, index, journal)
-            return skeleton, [{"technique": stage.technique, **told}]
+            skeleton, report = self._make_and_train(skeleton, teacher, param, stage, place, journal)
         else:
-            assert isinstance(stage, TrainingOptions)
-            skeleton, told = self._train(skeleton, teacher, stage, param, index, journal)
+            skeleton, report = self._train(skeleton, teacher, stages[0], place, journal)
             self.keeps_zeros |= isinstance(stage, SparsityOptions)
-            return skeleton, [{"technique": stage.technique, **told}]
-        return skeleton, [_report(stage, metrics)]
+        return skeleton, [report]
 
     def _make_and_train(
         self,
         skeleton: Skeleton,
         teacher: Skeleton,
-        stage: LogitDistillation,
         param: str,
-        index: int,
+        stage: LogitDistillation,
+        place: Place,
         journal: Journal,
-    ) -> tuple[Skeleton, dict[str, Any]]:
+    ) -> tuple[Skeleton, Report]:
         """Make the student of a stage, which is trained then; each has a journal of its own."""
 
         def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
-            self._progress(index, step, block, num_blocks, _MAKING_SHARE * fraction)
+            place.progress(step, block, num_blocks, _MAKING_SHARE * fraction)
 
         shaping = Shaping(skeleton, param, self._texts, journal.inner("student"), self._waiting_bytes, progress)
-        student, made = make_student(shaping, stage, seed_of(self._recipe.seed, index, "student"))
-        skeleton, told = self._train(student, teacher, stage, param, index, journal.inner("training"))
+        student, made = make_student(shaping, stage, seed_of(self._recipe.seed, place.index, "student"))
+        skeleton, report = self._train(student, teacher, (param, stage), place, journal.inner("training"))
         made["teacher_num_parameters"] = teacher.num_parameters
-        return skeleton, {**told, "metrics": {**told["metrics"], "student": made}}
+        return skeleton, {**report, "metrics": {**report["metrics"], "student": made}}
 
     def _train(
         self,
         skeleton: Skeleton,
         teacher: Skeleton,
-        stage: TrainingOptions,
-        param: str,
-        index: int,
+        placed_stage: Placed,
+        place: Place,
         journal: Journal,
         first_codes: Path | None = None,
-    ) -> tuple[Skeleton, dict[str, Any]]:
+    ) -> tuple[Skeleton, Report]:
+        param, stage = placed_stage
+        assert isinstance(stage, TrainingOptions)
         training = TrainingStage(
             stage,
             param,
             self._recipe,
             skeleton,
             teacher,
-            f"{index}{self._round}",
+            place,
             self._texts,
             journal,
-            partial(self._progress, index),
-            partial(self._measured, index),
+            partial(self._measured, place.index),
             keeps_zeros=self.keeps_zeros,
             first_codes=first_codes,
-            span=self._span,
         )
-        told = training.run()
-        return opened_again(journal.folder / CHECKPOINT, skeleton), told
+        report = {"technique": stage.technique, **training.run()}
+        return opened_again(journal.folder / CHECKPOINT, skeleton), report
 
     def _compress_layers(
         self,
         skeleton: Skeleton,
         stages: Sequence[Placed],
-        index: int,
+        place: Place,
         journal: Journal,
         *,
         keeps_codes: bool = False,
@@ -215,19 +212,15 @@ class Preparation:
         """
         recipe = self._recipe.with_stages(stages)
         recipe = recipe.model_copy(update={"output": Output(format="safetensors")})
-        last = index + len(stages) - 1
         codes_too = Parts(journal.folder / _CODES) if keeps_codes else None
 
         def compressed(folder: Path) -> list[Report]:
-            def progress(step: str, block: int, num_blocks: int, fraction: float) -> None:
-                self._progress(last, step, block, num_blocks, fraction)
-
             calibration, probe = self._texts.calibration(skeleton), self._texts.probe(skeleton)
             stream = Stream(
                 skeleton,
                 recipe,
                 journal,
-                progress,
+                place.progress,
                 self._waiting_bytes,
                 keeps_zeros=self.keeps_zeros,
                 codes_too=codes_too,
@@ -246,78 +239,6 @@ class Preparation:
         reports: list[Report] = journal.folder_once(CHECKPOINT, compressed)
         shutil.rmtree(journal.parts.folder, ignore_errors=True)
         return opened_again(journal.folder / CHECKPOINT, skeleton), reports
-
-    @staticmethod
-    def _first_left(parts: Sequence[tuple[int, str, list[Placed]]], journal: Journal) -> int:
-        """Which part of the rounds comes after the last that has left its model, whole."""
-        for done in range(len(parts), 0, -1):
-            _, name, inner = parts[done - 1]
-            is_there = journal.has(f"reports-{done - 1:03d}") and (journal.folder / name).exists()
-            if is_there and isinstance(inner[0][1], TrainingOptions) and journal.inner(name).is_whole(CHECKPOINT):
-                return done
-        return 0
-
-    def _iterate(
-        self, skeleton: Skeleton, teacher: Skeleton, stage: Iterate, param: str, index: int, journal: Journal
-    ) -> tuple[Skeleton, Report]:
-        """Run the rounds; a round's models are removed when the next one has its own."""
-        rounds: list[list[Report]] = []
-        own_progress = self._progress
-        parts = [part for number in range(len(stage.fractions)) for part in _inner_runs(stage, param, number)]
-        first = self._first_left(parts, journal)
-        if first:
-            skeleton = opened_again(journal.inner(parts[first - 1][1]).folder / CHECKPOINT, skeleton)
-            self.keeps_zeros |= isinstance(stage.pruning, SparsityOptions)
-        last: Report = _report(stage, {})
-        for done, (number, name, inner) in enumerate(parts):
-
-            def progress(_: int, step: str, block: int, num_blocks: int, fraction: float, done: int = done) -> None:
-                own_progress(index, step, block, num_blocks, (done + fraction) / len(parts))
-
-            self._progress, self._round = progress, f"/{name}"
-            self._span = (number / len(stage.fractions), (number + 1) / len(stage.fractions))
-            reports: list[Report] = []
-            if done >= first:
-                skeleton, reports = self._change(skeleton, teacher, inner, index, journal.inner(name))
-            reports = journal.once(f"reports-{done:03d}", partial(list, reports))
-            if isinstance(inner[0][1], TrainingOptions):  # all that came before is in its model
-                for _, earlier, _ in parts[:done]:
-                    shutil.rmtree(journal.folder / earlier, ignore_errors=True)
-            if number == len(rounds):
-                rounds.append([])
-            rounds[-1] += reports
-            if reports[-1]["layers"]:
-                last = reports[-1]
-        self._round, self._span = "", (0.0, 1.0)
-        self._progress = own_progress
-        told = [
-            {"fraction": fraction, "stages": [{"technique": each["technique"], **each["metrics"]} for each in reports]}
-            for fraction, reports in zip(stage.fractions, rounds, strict=True)
-        ]
-        metrics = {**last["metrics"], "rounds": told}
-        return skeleton, {**last, "technique": stage.technique, "metrics": metrics}
-
-
-def _runs(stages: Sequence[Placed]) -> list[tuple[int, list[Placed]]]:
-    """Neighbours that compress layers together, all others alone; each run with the index of its first stage."""
-
-    def is_in_a_run(placed_stage: Placed) -> bool:
-        _, stage = placed_stage
-        return isinstance(stage, LayerOptions) and not stage.leaves_model
-
-    runs = groupby(enumerate(stages), lambda each: -1 if is_in_a_run(each[1]) else each[0])
-    found = [list(run) for _, run in runs]
-    return [(run[0][0], [stage for _, stage in run]) for run in found]
-
-
-def _inner_runs(stage: Iterate, param: str, number: int) -> list[tuple[int, str, list[Placed]]]:
-    """Of a round: its number, and the name of each of its parts with its stages."""
-    inner = [(f"{param}.stages[{index}]", each) for index, each in stage.round(number)]
-    return [(number, f"round-{number:02d}-{first}", stages) for first, stages in _runs(inner)]
-
-
-def _report(stage: StageOptions, metrics: dict[str, Any]) -> Report:
-    return {"technique": stage.technique, "metrics": metrics, "fallbacks": [], "layers": {}}
 
 
 def stage_name(index: int) -> str:

@@ -87,23 +87,7 @@ def write_texts(
             kept_apart = _divide_apart(apart, shared_apart, sources, measuring_apart.wanted_characters)
             used.append(kept_apart.others)
 
-        def evaluate(document: Document, /, *, num_removed: int) -> bool:
-            left = document if evaluation.allow_overlap else left_of(document, *used)
-            left = left if labels is not None else Document(left.text)
-            return evaluating.add(left, num_removed=num_removed + len(document.text) - len(left.text))
-
-        with _located("recipe.evaluation.dataset"):
-            documents = sources.documents(evaluation)
-            if shared:
-                divided = divide(documents, _taking(shared), evaluate)
-                if any(each.is_read for each in shared):
-                    used.append(divided)
-            elif evaluation.is_general and not evaluation.allow_overlap:
-                divide(documents, nothing, evaluate)
-            else:
-                for document in documents:
-                    if not evaluate(document, num_removed=0):
-                        break
+        used += _write_evaluation(evaluation, sources, shared, used, evaluating, keeps_labels=labels is not None)
         # Only now is it known what all the others have that read another text.
         others = [each for each in used if each is not kept_apart.others]
         for document in kept_apart.documents:
@@ -111,13 +95,7 @@ def write_texts(
             measuring_apart.add(left, num_removed=len(document.text) - len(left.text))
         for each in seen:
             each.check()
-        if not evaluating.num_documents:
-            raise UserError(
-                "empty_dataset",
-                "No text is left for evaluation that calibration or training does not use.",
-                param="recipe.evaluation.dataset",
-                hint="Give evaluation other or more text, or set recipe.evaluation.allow_overlap.",
-            )
+        _check_evaluation(evaluating)
         described: dict[str, dict[str, Any] | None] = {"calibration": None}
         described |= {each.name: sources.describe(each.part) | each.file.describe() for each in seen if each.is_read}
         described["evaluation"] = sources.describe(evaluation) | evaluating.describe()
@@ -127,6 +105,50 @@ def write_texts(
     for name in (name for name, is_wanted in wanted.items() if not is_wanted):
         (folder / f"{name}.jsonl").unlink()
     return described
+
+
+def _write_evaluation(
+    evaluation: Evaluation,
+    sources: _Sources,
+    shared: Sequence[_Seen],
+    used: Sequence[Passages],
+    file: TextFile,
+    *,
+    keeps_labels: bool,
+) -> list[Passages]:
+    """Write what evaluation has of its text, without what is ``used``; parts that are ``shared`` read that text too.
+
+    Returns the passages that those have of it.
+    """
+
+    def take(document: Document, /, *, num_removed: int) -> bool:
+        left = document if evaluation.allow_overlap else left_of(document, *used)
+        left = left if keeps_labels else Document(left.text)
+        return file.add(left, num_removed=num_removed + len(document.text) - len(left.text))
+
+    with _located("recipe.evaluation.dataset"):
+        documents = sources.documents(evaluation)
+        if shared:
+            divided = divide(documents, _taking(shared), take)
+            return [divided] if any(each.is_read for each in shared) else []
+        if evaluation.is_general and not evaluation.allow_overlap:
+            divide(documents, nothing, take)
+            return []
+        for document in documents:
+            if not take(document, num_removed=0):
+                break
+        return []
+
+
+def _check_evaluation(file: TextFile) -> None:
+    """Raise UserError ``empty_dataset`` where evaluation has no text."""
+    if not file.num_documents:
+        raise UserError(
+            "empty_dataset",
+            "No text is left for evaluation that calibration or training does not use.",
+            param="recipe.evaluation.dataset",
+            hint="Give evaluation other or more text, or set recipe.evaluation.allow_overlap.",
+        )
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from workers.engine.journal import Journal
 from workers.engine.skeleton import Skeleton
 from workers.errors import UserError
 from workers.recipe import Recipe
+from workers.stage_runs import Place
 from workers.techniques import DistillationOptions, TrainingOptions
 from workers.texts import Texts
 from workers.training import loop
@@ -44,8 +45,6 @@ from workers.training.synthesis import write_synthetic
 
 _EASINESS = "easiness"
 
-Progress = Callable[[str, int, int, float], None]  # what is done, step, number of steps, fraction of the stage
-
 
 @dataclass(frozen=True)
 class TrainingStage:
@@ -56,14 +55,12 @@ class TrainingStage:
     recipe: Recipe
     student: Skeleton  # what lies on disk is opened anew: no weight of these is loaded or changed
     teacher: Skeleton  # the model that the student was made from
-    place: str  # of the stage in the recipe, and of the round that it is in: chance is another in each
+    place: Place
     texts: Texts
     journal: Journal  # the stage's own
-    progress: Progress
     measured: Callable[[dict[str, Any]], None]  # hears of each point of the loss curve
     keeps_zeros: bool = False  # whether weights of linear layers that are zero have to stay so
     first_codes: Path | None = None  # a folder of parts: what layers that are trained as codes begin with
-    span: tuple[float, float] = (0.0, 1.0)  # of the fall of the learning rate, which rounds share
 
     def run(self) -> dict[str, Any]:
         """Train, leave the checkpoint in the journal's folder, and return the report's metrics, fallbacks and layers.
@@ -81,7 +78,7 @@ class TrainingStage:
 
     @property
     def _seed(self) -> int:
-        return seed_of(self.recipe.seed, self.place)
+        return seed_of(self.recipe.seed, self.place.name)
 
     def _train(self) -> dict[str, Any]:
         stage = self.stage
@@ -142,21 +139,21 @@ class TrainingStage:
             padding=padding,
             augmented=augmentation_of(stage, tokenizer, self._seed),
             first_codes=self.first_codes,
-            span=self.span,
+            span=self.place.span,
             keeps_zeros=self.keeps_zeros,
             fingerprint=self.journal.fingerprint,
             seconds_a_state=loop.SECONDS_A_STATE,
         )
         cached = lesson.cached_teacher(samples)
         if cached is not None and not cached.is_filled:
-            told = partial(self.progress, "teacher", 0, 0)
+            told = partial(self.place.progress, "teacher", 0, 0)
             cached.fill(judge(), padding, stage.samples_at_a_time, stage.precision, told)
         if cached is not None:
             self.journal.decided_under.extend(cached.note_fingerprint(self.journal.fingerprint))
         return lesson
 
     def _told(self, step: int, num_steps: int) -> None:
-        self.progress("train", step, num_steps, step / num_steps)
+        self.place.progress("train", step, num_steps, step / num_steps)
 
     def _samples(self, tokenizer: Any, teacher: Callable[[], Whole]) -> Samples:
         """The text as token ids: made once, and found again by an attempt that goes on."""
@@ -168,7 +165,7 @@ class TrainingStage:
             synthetic = stage.synthetic if isinstance(stage, DistillationOptions) else None
             fraction = max(each.held_out_fraction for each in self.recipe.training_stages)
             if synthetic is not None:
-                told = partial(self.progress, "sample", 0, 0)
+                told = partial(self.place.progress, "sample", 0, 0)
                 write_synthetic(teacher(), tokenizer, synthetic, length, fraction, self._seed, folder, told)
                 return
             # The same for all stages of the recipe, whatever samples they make of it.
@@ -198,7 +195,7 @@ class TrainingStage:
                 batch = collate(samples, [number], padding, None, causal=causal).to(whole.skeleton.device)
                 loss = judging(batch)
                 found.append(float(loss.total) / max(1, loss.num_targets))
-                self.progress("order", 0, 0, done / numbers.numel())
+                self.place.progress("order", 0, 0, done / numbers.numel())
             return found
 
         return numbers[torch.argsort(torch.tensor(self.journal.once(_EASINESS, losses)), stable=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -240,6 +241,17 @@ def test_a_tensor_kept_in_another_precision_counts_at_its_own(root: Path) -> Non
     folder = write_llama(root / "model")
     edit_tensors(folder, lambda tensors: tensors.update({"model.norm.weight": np.ones(HIDDEN, np.float32)}))
     assert inspect(root).parameter_bytes == sum(tensor.nbytes for tensor in llama_tensors().values()) + 2 * HIDDEN
+
+
+def test_a_config_that_claims_millions_of_blocks_is_refused_at_once(root: Path) -> None:
+    write_llama(root / "model")
+    edit_config(root / "model", num_hidden_layers=2**24)
+    tracemalloc.start()
+    with pytest.raises(UserError, match="16777216"):
+        inspect(root)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 10_000_000
 
 
 def test_sources_never_import_torch() -> None:

@@ -11,17 +11,15 @@ from safetensors.torch import load_file
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
-from tests.workers.training.test_stages import Stopped, digests, recipe_of
+from tests.workers.training.recipes import Stopped, digests, recipe_of, stops_after, stops_no_more
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.errors import UserError
 from workers.pipeline import compress
 from workers.recipe import Recipe
 from workers.techniques import GradualPruning
-from workers.training import loop
 from workers.training.lesson import Source
 from workers.training.masks import Masks
-from workers.training.step_journal import StepJournal
 
 GROW = {
     "technique": "gradual_pruning", "sparsity": 0.6, "num_steps": 40, "batch_size": 4, "max_seq_length": 32,
@@ -120,21 +118,13 @@ def test_killed_between_updates_it_ends_with_the_same_bytes(
 ) -> None:
     recipe = recipe_of({**GROW, "num_steps": 9, "num_updates": 3})
     expected = digests(compressed(tmp_path / "undisturbed", model, recipe))
-    monkeypatch.setattr(loop, "SECONDS_A_STATE", 0.0)
     attempt = fetched(tmp_path / "work", model, recipe)
-    own_write = StepJournal.write
     assert list(GradualPruning.model_validate({**GROW, "num_updates": 3}).updates(9)) == [2, 4, 6]
     for last in (2, 3, 7):  # before an update, after one, after the last
-
-        def stopped(self: Any, curve: Any, tensors: Any, last: int = last) -> None:
-            own_write(self, curve, tensors)
-            if curve.step == last:
-                raise Stopped
-
-        monkeypatch.setattr(StepJournal, "write", stopped)
+        stops_after(monkeypatch, last)
         with pytest.raises(Stopped):
             compress(attempt.work, attempt.request, attempt.events.append)
-    monkeypatch.setattr(StepJournal, "write", own_write)
+    stops_no_more(monkeypatch)
     compress(attempt.work, attempt.request, attempt.events.append)
     assert digests(attempt) == expected
 

@@ -11,17 +11,15 @@ from safetensors.torch import load_file
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
-from tests.workers.training.test_stages import Stopped, digests, recipe_of
+from tests.workers.training.recipes import Stopped, digests, recipe_of, stops_after, stops_no_more
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.errors import UserError
 from workers.pipeline import compress
 from workers.techniques import LoraRecovery
-from workers.training import loop
 from workers.training.adapters import Adapted, adapt
 from workers.training.lesson import Source
 from workers.training.model import Whole
-from workers.training.step_journal import StepJournal
 
 PRUNE = {"technique": "magnitude", "sparsity": 0.7}
 REPAIR = {
@@ -160,24 +158,16 @@ def test_killed_within_rounds_it_ends_with_the_same_bytes_from_small_states(
     short = {**REPAIR, "num_steps": 5, "rank": 2, "hidden_weight": 1.0, "patience": 4}
     recipe = recipe_of({"technique": "iterate", "rounds": 2, "stages": [PRUNE, short]})
     expected = digests(compressed(tmp_path / "undisturbed", model, recipe))
-    monkeypatch.setattr(loop, "SECONDS_A_STATE", 0.0)
     attempt = fetched(tmp_path / "work", model, recipe)
-    own_write = StepJournal.write
     for number, last in ((0, 2), (1, 3)):
-
-        def stopped(self: Any, curve: Any, tensors: Any, number: int = number, last: int = last) -> None:
-            own_write(self, curve, tensors)
-            if curve.step == last and f"round-{number:02d}" in str(self.folder):
-                raise Stopped
-
-        monkeypatch.setattr(StepJournal, "write", stopped)
+        stops_after(monkeypatch, last, f"round-{number:02d}")
         with pytest.raises(Stopped):
             compress(attempt.work, attempt.request, attempt.events.append)
     [state] = (attempt.work / "journal").rglob("step-*.safetensors")
     kept = load_file(state)
     assert {name.rpartition(".")[2] for name in kept if "projections" not in name} == {"down", "up"}
     assert max(each.numel() for name, each in kept.items() if "projections" not in name) == 2 * 128
-    monkeypatch.setattr(StepJournal, "write", own_write)
+    stops_no_more(monkeypatch)
     compress(attempt.work, attempt.request, attempt.events.append)
     assert digests(attempt) == expected
 

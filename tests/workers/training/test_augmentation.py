@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from tests.models import write_tiny_llama, write_tokenizer
 from tests.workers.attempts import fetched
-from tests.workers.training.test_stages import DISTIL, TUNE, recipe_of
+from tests.workers.training.recipes import DISTIL, TUNE, recipe_of
 from workers.errors import UserError
 from workers.pipeline import compress
 from workers.recipe import Recipe

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.workers.attempts import TEXTS, Attempt, certified, fetched
+from tests.workers.training.recipes import Stopped, digests
 from workers.certify import certify
 from workers.pipeline import compress
 from workers.training import loop
@@ -26,18 +26,9 @@ RECIPE = {
 }
 
 
-class Stopped(BaseException):
-    """The run ends here."""
-
-
 @pytest.fixture(scope="module")
 def unkilled(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Attempt:
     return certified(tmp_path_factory.mktemp("unkilled") / "work", tiny_llama, RECIPE)
-
-
-def digests(attempt: Attempt) -> dict[str, str]:
-    names = ("model.safetensors", "config.json", "recipe.json", "tokenizer.json")
-    return {name: hashlib.sha256((attempt.artifact / name).read_bytes()).hexdigest() for name in names}
 
 
 def test_each_stage_has_metrics_of_its_own(unkilled: Attempt) -> None:

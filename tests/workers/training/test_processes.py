@@ -21,7 +21,7 @@ from tests.jobs import wait_until
 from tests.models import write_tiny_model
 from tests.workers.attempts import Attempt, compressed, fetched
 from tests.workers.supervisor.running import command_of, lives
-from tests.workers.training.test_stages import (
+from tests.workers.training.recipes import (
     CLASSIFYING,
     CUT,
     DISTIL,
@@ -29,7 +29,6 @@ from tests.workers.training.test_stages import (
     TUNE,
     curve_of,
     digests,
-    model,
     recipe_of,
     write_body,
 )
@@ -37,7 +36,6 @@ from workers.errors import CrashError, UserError
 from workers.pipeline import compress
 from workers.training import loop, processes
 
-__all__ = ["model"]
 RATE = {"learning_rate": 3e-3}
 TOLERANCE = 1e-5  # sums of another order; relative
 LONG = recipe_of(CUT, {**DISTIL, **RATE, "num_steps": 40, "num_evaluations": 4, "micro_batch_size": 2})
