@@ -137,19 +137,27 @@ def _check_sparsities(stages: Sequence[Stage]) -> None:
     places = ((param.removeprefix("recipe."), stage) for param, stage in placed(stages))
     pruning = [(place, stage) for place, stage in places if isinstance(stage, SparsityOptions)]
     for (before, earlier), (place, later) in pairwise(pruning):
-        assert earlier.sparsity is not None
-        assert later.sparsity is not None
-        if (
-            earlier.is_uniform
-            and later.is_uniform
-            and later.sparsity <= earlier.sparsity
-            and set(earlier.ignore) <= set(later.ignore)
-        ):
+        if set(earlier.ignore) <= set(later.ignore) and _are_enough(earlier, later):
+            option = "sparsity" if later.pattern is None else "mask_structure"
             raise RecipeError(
                 "stages_conflict",
-                f"{place}.sparsity",
+                f"{place}.{option}",
                 f"{before} leaves {earlier.sparsity:g} of the weights zero already; ask for more than that",
             )
+
+
+def _are_enough(earlier: SparsityOptions, later: SparsityOptions) -> bool:
+    """Whether the zeros of one stage are as many, and lie so, as the one after it asks for.
+
+    But for columns that a pattern does not reach, where its length does not divide a layer.
+    """
+    assert earlier.sparsity is not None
+    assert later.sparsity is not None
+    if later.sparsity > earlier.sparsity:
+        return False
+    if later.pattern is not None:
+        return earlier.pattern is not None and later.pattern[1] % earlier.pattern[1] == 0
+    return later.is_uniform and (earlier.is_uniform or earlier.pattern is not None)
 
 
 def _check_compact(stages: Sequence[Stage], output: Output) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from workers.shapes.attention import config_of_a_window
 from workers.shapes.depth import config_of_fewer_blocks
 from workers.shapes.matrices import in_features
+from workers.shapes.ranks import check_ranks
 from workers.shapes.sharing import check_compact, config_of_shared_blocks
 from workers.shapes.student import config_of_student
 from workers.shapes.tying import config_of_one_matrix
@@ -21,6 +22,7 @@ from workers.sources.facts import ModelFacts
 from workers.techniques import (
     DepthPruning,
     LogitDistillation,
+    LowRank,
     ShareLayers,
     SlidingWindow,
     Stage,
@@ -52,6 +54,8 @@ def config_after(stages: Sequence[Stage], config: Mapping[str, Any]) -> dict[str
     config = dict(config)
     for param, stage in placed(stages):
         check_compact(stage, param, config)
+        if isinstance(stage, LowRank):
+            check_ranks(stage, param, config)
         if stage.reshapes:
             config = _RULES[type(stage)](stage, param, config)
     return config

@@ -13,7 +13,7 @@ from workers.shapes.width import widths_of
 
 def in_features(config: Mapping[str, Any]) -> tuple[int, ...]:
     """The distinct numbers of columns of the blocks' linear layers, sorted."""
-    return tuple(sorted({columns for _, columns in _matrices_of_block(config)}))
+    return tuple(sorted({columns for _, columns in layers_of_block(config)}))
 
 
 def sizes_between_layers(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -28,7 +28,7 @@ def sizes_between_layers(config: Mapping[str, Any]) -> tuple[int, int]:
 
 def num_weights_of_blocks(config: Mapping[str, Any]) -> int:
     """Of the linear layers of all blocks, those that blocks share once, and none as factors."""
-    return num_stored_blocks(config) * sum(rows * columns for rows, columns in _matrices_of_block(config))
+    return num_stored_blocks(config) * sum(rows * columns for rows, columns in layers_of_block(config))
 
 
 def num_stored_blocks(config: Mapping[str, Any]) -> int:
@@ -51,18 +51,20 @@ def num_embedding_weights(config: Mapping[str, Any]) -> int:
     return int(config["vocab_size"] * config[architecture_of(config).size("embedding_size")])
 
 
-def _matrices_of_block(config: Mapping[str, Any]) -> list[tuple[int, int]]:
-    """Rows and columns, as out_features and in_features; stacked layers as one, or as several."""
+def layers_of_block(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Rows and columns of the linear layers of one block, as out_features and in_features."""
     architecture = architecture_of(config)
     if architecture.is_recurrent:
         return _matrices_of_recurrence(architecture, config)
     widths = widths_of(config)
     queries, keys = (number * widths.head_dim for number in (widths.num_attention_heads, widths.num_key_value_heads))
-    has_gates = architecture.gates_are_stacked or len(architecture.linear_groups[2]) == 2
+    stacks_gates, num_layers = architecture.gates_are_stacked, len(architecture.linear_groups[2])
+    rows_of_attention = [queries, keys, keys] if architecture.attention_rows == "separate" else [queries + 2 * keys]
+    rows_of_neurons = num_layers * [(2 if stacks_gates else 1) * widths.intermediate_size]
     return [
-        (queries + 2 * keys, widths.hidden_size),
+        *((rows, widths.hidden_size) for rows in rows_of_attention),
         (widths.hidden_size, queries),
-        ((2 if has_gates else 1) * widths.intermediate_size, widths.hidden_size),
+        *((rows, widths.hidden_size) for rows in rows_of_neurons),
         (widths.hidden_size, widths.intermediate_size),
     ]
 

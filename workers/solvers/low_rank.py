@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -65,13 +64,3 @@ def factors(weight: Tensor, found: Spectrum, rank: int) -> tuple[Tensor, Tensor]
 def product(out_factor: Tensor, in_factor: Tensor) -> Tensor:
     """The float32 weight (out_features × in_features) that two stored factors stand for."""
     return out_factor.to(torch.float32) @ in_factor.to(torch.float32)
-
-
-def rank_for(ratio: float, rows: int, columns: int) -> float:
-    """At what rank two factors have ``ratio`` times the weights of rows × columns."""
-    return ratio * rows * columns / (rows + columns)
-
-
-def largest_rank(rows: int, columns: int) -> int:
-    """The largest rank at which two factors have fewer weights than rows × columns; 0 where there is none."""
-    return math.ceil(rows * columns / (rows + columns)) - 1

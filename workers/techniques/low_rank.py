@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
@@ -10,7 +11,6 @@ from workers.techniques.options import Kind, LayerOptions, OptionError, Statisti
 
 if TYPE_CHECKING:
     from workers.engine.layer import Layer
-    from workers.solvers.low_rank import Spectrum
 
 _SIZES = ("rank", "ratio", "energy")
 
@@ -75,12 +75,15 @@ class LowRank(LayerOptions):
     def compress(self, layer: Layer) -> dict[str, Any]:
         """Factor ``layer``, unless its factors would have no fewer weights."""
         from workers.solvers.hessian import energy_of
-        from workers.solvers.low_rank import factors, largest_rank, spectrum
+        from workers.solvers.low_rank import factors, spectrum
 
         hessian = layer.statistics.hessian
         rows, columns = layer.weight.shape
-        found = spectrum(layer.weight, layer.statistics.whitening(self.damping))
-        rank = self._rank_of(layer, found)
+        rank = self.least_rank(rows, columns)
+        if rank <= largest_rank(rows, columns):
+            found = spectrum(layer.weight, layer.statistics.whitening(self.damping))
+            if self.energy is not None:
+                rank = -(-found.rank_of(self.energy) // self.multiple_of) * self.multiple_of
         if rank > largest_rank(rows, columns):
             layer.fall_back("not_smaller", f"left as it is: of rank {rank} it would have no fewer weights")
             return {"rank": None, "ratio": 1.0, "relative_error": 0.0}
@@ -93,13 +96,20 @@ class LowRank(LayerOptions):
             "relative_error": error / energy if energy > 0 else 0.0,
         }
 
-    def _rank_of(self, layer: Layer, found: Spectrum) -> int:
-        from workers.solvers.low_rank import rank_for
-
+    def least_rank(self, rows: int, columns: int) -> int:
+        """What a weight of rows × columns gets, or with ``energy`` gets at least."""
         if self.rank is not None:
             return self.rank
-        step = self.multiple_of
-        if self.ratio is not None:
-            return max(1, int(rank_for(self.ratio, *layer.weight.shape) / step + 1e-9)) * step
-        assert self.energy is not None
-        return -(-found.rank_of(self.energy) // step) * step
+        if self.ratio is None:
+            return self.multiple_of
+        return max(1, int(rank_for(self.ratio, rows, columns) / self.multiple_of + 1e-9)) * self.multiple_of
+
+
+def rank_for(ratio: float, rows: int, columns: int) -> float:
+    """At what rank two factors have ``ratio`` times the weights of rows × columns."""
+    return ratio * rows * columns / (rows + columns)
+
+
+def largest_rank(rows: int, columns: int) -> int:
+    """The largest rank at which two factors have fewer weights than rows × columns; 0 where there is none."""
+    return math.ceil(rows * columns / (rows + columns)) - 1

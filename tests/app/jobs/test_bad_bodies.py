@@ -14,6 +14,7 @@ pytestmark = pytest.mark.usefixtures("nothing_happens")
 
 NF4 = {"technique": "round_to_nearest", "scheme": "NF4"}
 PRUNING = {"technique": "magnitude"}
+TWO_OF_FOUR = {"technique": "gradual_pruning", "num_steps": 1, "mask_structure": "2:4"}
 MIXED = {"technique": "mixed_precision", "group_size": 32}
 DEPTH = {"technique": "depth_pruning"}
 WIDTH = {"technique": "width_pruning"}
@@ -69,6 +70,12 @@ def rounds(*stages: dict[str, Any]) -> dict[str, Any]:
         ([{"technique": "tie_embeddings", "keep": "both"}], "invalid_value", "recipe.stages[0].keep"),
         ([{"technique": "tie_embeddings"}], "nothing_changed", "recipe.stages[0].technique"),
         ([{"technique": "low_rank", "rank": 8, "ratio": 0.5}], "invalid_value", "recipe.stages[0].ratio"),
+        ([{"technique": "low_rank", "rank": 10_000}], "nothing_changed", "recipe.stages[0].rank"),
+        (
+            [{"technique": "low_rank", "energy": 0.5, "multiple_of": 4096}],
+            "nothing_changed",
+            "recipe.stages[0].multiple_of",
+        ),
         ([PRUNING, {"technique": "low_rank", "rank": 8}], "stages_conflict", "recipe.stages[1].technique"),
         ([{"technique": "share_layers", "groups": [[0, 2]]}], "invalid_value", "recipe.stages[0].groups"),
         (
@@ -222,6 +229,8 @@ def rounds(*stages: dict[str, Any]) -> dict[str, Any]:
         ([GPTQ, PRUNING], "stages_conflict", "recipe.stages[1].technique"),
         ([GPTQ, GPTQ], "stages_conflict", "recipe.stages[1].technique"),
         ([PRUNING, {**PRUNING, "sparsity": 0.3}], "stages_conflict", "recipe.stages[1].sparsity"),
+        ([TWO_OF_FOUR, {**PRUNING, "sparsity": 0.5}], "stages_conflict", "recipe.stages[1].sparsity"),
+        ([TWO_OF_FOUR, {**TWO_OF_FOUR, "mask_structure": "4:8"}], "stages_conflict", "recipe.stages[1].mask_structure"),
         ([{**GPTQ, "group_size": 100}], "group_size_fits_no_layer", "recipe.stages[0].group_size"),
         ([PRUNING, {**GPTQ, "group_size": 256}], "group_size_fits_no_layer", "recipe.stages[1].group_size"),
         ([{**PRUNING, "mask_structure": "3:7"}], "mask_structure_fits_no_layer", "recipe.stages[0].mask_structure"),

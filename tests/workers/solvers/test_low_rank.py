@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from workers.solvers.low_rank import factors, largest_rank, product, rank_for, spectrum, whitening
+from workers.solvers.low_rank import factors, product, spectrum, whitening
+from workers.techniques.low_rank import largest_rank, rank_for
 
 SHAPES = [(24, 40), (40, 24), (32, 32)]
 

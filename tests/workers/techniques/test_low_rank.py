@@ -206,7 +206,7 @@ def test_a_rank_that_saves_nothing_leaves_layers_as_they_are(models: dict[str, P
     attempt = fetched(tmp_path / "other", models["llama"], {"stages": [{"technique": "low_rank", "rank": 64}], **SMALL})
     with pytest.raises(UserError) as caught:
         compress(attempt.work, attempt.request, attempt.events.append)
-    assert (caught.value.code, caught.value.param) == ("nothing_changed", "recipe.stages[0]")
+    assert (caught.value.code, caught.value.param) == ("nothing_changed", "recipe.stages[0].rank")
 
 
 @pytest.mark.parametrize(
