@@ -151,12 +151,11 @@ def measure(name: str, epochs: float, student_epochs: float) -> None:
     preset = [stage | ({"num_epochs": student_epochs} if "num_epochs" in stage else {}) for stage in preset]
     [distilled] = [stage for stage in preset if stage["technique"] == "logit_distillation"]
     half = {"technique": "depth_pruning", "num_blocks": NUM_BLOCKS_LEFT_OUT}
+    alone = {**distilled, "alpha": 1.0, "hidden_weight": 0.0}
     made = {
         "teacher": teacher,
         "half, distilled": run_job(f"{name}-half", teacher, recipe_of(name, half, distilled), folder),
-        "half, tuned without the teacher": run_job(
-            f"{name}-half-alone", teacher, recipe_of(name, half, {**distilled, "alpha": 1.0}), folder
-        ),
+        "half, tuned without the teacher": run_job(f"{name}-half-alone", teacher, recipe_of(name, half, alone), folder),
         "half, cut alone": run_job(f"{name}-half-cut", teacher, recipe_of(name, half), folder),
         "classifier-7x": run_job(f"{name}-7x", teacher, recipe_of(name, *preset), folder),
         "classifier-7x, fewer tokens": run_job(

@@ -60,16 +60,17 @@ PRESETS: dict[str, Preset] = {
         ),
         Preset(
             "classifier-7x",
-            "For a trained encoder of six blocks or more: a third of them left out, taught again by the original on "
+            "For a trained encoder of six blocks or more: a sixth of them left out, taught again by the original on "
             'labelled text of yours, then 4 bits, embeddings too. Send {"preset": "classifier-7x", "training": …}.',
             _recipe(
-                {"technique": "depth_pruning", "fraction": 0.34},
+                {"technique": "depth_pruning", "fraction": 0.17},
                 {
                     "technique": "logit_distillation",
                     "num_epochs": 5,
                     "max_seq_length": 128,
                     "learning_rate": 2e-4,
                     "alpha": 0.1,
+                    "hidden_weight": 1.0,
                     # What the teacher has learned by heart it says no more about than the labels do.
                     "augmentation": {"mask_probability": 0.1, "delete_probability": 0.1},
                 },

@@ -125,11 +125,20 @@ def test_it_goes_before_codes_and_masks(model: Path, tmp_path: Path) -> None:
     assert report["size"]["compression_ratio"] > 1.5
 
 
+ROUNDS_AND_CODES = recipe_of(rounds(), {"technique": "gptq", "group_size": 32})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The weights that ROUNDS_AND_CODES ends with."""
+    return compressed(tmp_path_factory.mktemp("whole") / "work", model, ROUNDS_AND_CODES).artifact / "model.safetensors"
+
+
 @pytest.mark.parametrize("num_events", [2, 4, 7, 11, 14])
-def test_killed_anywhere_it_ends_with_the_same_bytes(num_events: int, model: Path, tmp_path: Path) -> None:
-    recipe = recipe_of(rounds(), {"technique": "gptq", "group_size": 32})
-    expected = compressed(tmp_path / "undisturbed", model, recipe).artifact / "model.safetensors"
-    attempt = fetched(tmp_path / "work", model, recipe)
+def test_killed_anywhere_it_ends_with_the_same_bytes(
+    num_events: int, undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    attempt = fetched(tmp_path / "work", model, ROUNDS_AND_CODES)
     heard = 0
 
     def emit(event: dict[str, Any]) -> None:
@@ -143,7 +152,7 @@ def test_killed_anywhere_it_ends_with_the_same_bytes(num_events: int, model: Pat
         compress(attempt.work, attempt.request, emit)
     compress(attempt.work, attempt.request, attempt.events.append)
     digests = [
-        hashlib.sha256(path.read_bytes()).hexdigest() for path in (expected, attempt.artifact / "model.safetensors")
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in (undisturbed, attempt.artifact / "model.safetensors")
     ]
     assert digests[0] == digests[1]
 
