@@ -21,7 +21,7 @@ from workers.engine.journal import Journal
 from workers.engine.listening import listen, loaded
 from workers.engine.shaping import Progress, Shaping
 from workers.engine.skeleton import Skeleton
-from workers.engine.text import part_of
+from workers.engine.text import batches, part_of
 from workers.errors import UserError
 from workers.shapes.depth import config_of_fewer_blocks
 from workers.techniques import DepthPruning
@@ -34,6 +34,8 @@ NUM_COMPARED_TOKENS = 2_048
 _STATES_A_TOKEN = 3
 # Tokens of one pass to the logits, of which there are as many rows in memory.
 TOKENS_OF_LOGITS = 512
+# The same of a classifier, where a text, of some tens of tokens, gives one distribution.
+NUM_JUDGED_TOKENS = 16_384
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Cut:
 
     removed: list[int]
     scores: list[float | None]  # of each block; None where none was measured
-    losses: list[float | None] = field(default_factory=list)  # by perplexity: after each of the blocks was gone
+    losses: list[float | None] = field(default_factory=list)  # by perplexity or divergence: after each block was gone
 
     def kept(self) -> list[int]:
         """The blocks that stay, in order."""
@@ -143,13 +145,15 @@ def losses_without(
     waiting_bytes: int,
     progress: Progress,
 ) -> list[float | None]:
-    """The loss, nats a token, without the ``removed`` blocks and each one of the ``candidates``: arXiv:2402.02834.
+    """The loss without the ``removed`` blocks and each one of the ``candidates``: arXiv:2402.02834.
 
-    None where it is not finite. So many candidates are tried at a time that what waits of them stays within
-    ``waiting_bytes``, on the disk and in memory.
+    Nats a token; of a classifier, nats a text by which it diverges from the whole model. None where it is not finite.
+    So many candidates are tried at a time that what waits of them stays within ``waiting_bytes``, on the disk and in
+    memory.
     """
-    (samples,) = part_of([max(calibration, key=torch.numel)[:, :TOKENS_OF_LOGITS]], NUM_COMPARED_TOKENS)
-    num_bytes = _STATES_A_TOKEN * samples.numel() * skeleton.hidden_size * torch.float32.itemsize
+    windows = _windows(skeleton, calibration)
+    num_tokens = sum(ids.numel() for ids in windows)
+    num_bytes = _STATES_A_TOKEN * num_tokens * skeleton.hidden_size * torch.float32.itemsize
     size = max(1, waiting_bytes // num_bytes)
     groups = [candidates[first : first + size] for first in range(0, len(candidates), size)]
     losses: list[float | None] = []
@@ -161,32 +165,43 @@ def losses_without(
             progress(step, block, blocks, (number + fraction) / len(groups))
 
         def measured(name: str = name, group: Sequence[int] = group, said: Progress = said) -> list[float | None]:
-            return _losses_of_group(skeleton, samples, removed, group, journal.inner(name), said)
+            return _losses_of_group(skeleton, windows, removed, group, journal.inner(name), said)
 
         losses += journal.once(name, measured)
         shutil.rmtree(journal.folder / name, ignore_errors=True)
     return losses
 
 
+def _windows(skeleton: Skeleton, calibration: Sequence[Tensor]) -> list[Tensor]:
+    """Samples × tokens of one pass each."""
+    if skeleton.architecture.task == "classification":
+        return [ids for samples in part_of(calibration, NUM_JUDGED_TOKENS) for ids in batches(samples)]
+    (samples,) = part_of([max(calibration, key=torch.numel)[:, :TOKENS_OF_LOGITS]], NUM_COMPARED_TOKENS)
+    return list(torch.split(samples, 1))
+
+
 @torch.inference_mode()
 def _losses_of_group(
     skeleton: Skeleton,
-    samples: Tensor,
+    windows: Sequence[Tensor],
     removed: Sequence[int],
     candidates: Sequence[int],
     journal: Journal,
     progress: Progress,
 ) -> list[float | None]:
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-    windows = torch.split(samples, 1)
-    shapes = [torch.Size([*ids.shape, skeleton.hidden_size]) for _ in candidates for ids in windows]
+    # What a classifier says whole is what it is held against.
+    has_judge = skeleton.architecture.task == "classification"
+    skipped: list[set[int]] = [set()] if has_judge else []
+    skipped += [{*removed, candidate} for candidate in candidates]
+    shapes = [torch.Size([*ids.shape, skeleton.hidden_size]) for _ in skipped for ids in windows]
     journal.begin_again_unless_whole(shapes)
     first = journal.num_blocks
     gates = [Gate(name, skeleton.module(name), stops=True) for name in (*blocks, skeleton.end)]
     skippable = [Skippable(name, skeleton.module(name)) for name in blocks]
     passes: list[list[ForwardPass]] = []
-    for candidate in candidates:
-        skips = {blocks[index] for index in (*range(first), *removed, candidate)}
+    for without in skipped:
+        skips = {blocks[index] for index in (*range(first), *without)}
         passes.append([skeleton.forward_pass(ids, skips=skips) for ids in windows])
     everyone = [each for those in passes for each in those]
     with loaded(skeleton, skeleton.present(skeleton.architecture.before_blocks)):
@@ -197,7 +212,8 @@ def _losses_of_group(
     for index in range(first, len(blocks)):
         following = blocks[index + 1] if index + 1 < len(blocks) else skeleton.end
         progress(f"plan.{blocks[index]}", index, len(blocks), index / len(blocks))
-        with loaded(skeleton, [] if index in removed else [blocks[index]]), keeping_freed_memory():
+        is_used = has_judge or index not in removed
+        with loaded(skeleton, [blocks[index]] if is_used else []), keeping_freed_memory():
             for number, each in enumerate(everyone):
                 hidden = each.advance_to(following)
                 if index + 1 < len(blocks):
@@ -206,9 +222,16 @@ def _losses_of_group(
             journal.finish_block(index, {}, shapes)
     losses: list[float | None] = []
     with loaded(skeleton, skeleton.present(skeleton.architecture.after_blocks), has_head=True):
-        for those in passes:
-            lost = [_loss(each.finish(), ids) for each, ids in zip(those, windows, strict=True)]
-            losses.append(_or_none(sum(lost) / (samples.numel() - len(windows))))
+        if has_judge:
+            judged = [each.finish() for each in passes.pop(0)]
+            for those in passes:
+                lost = [_divergence(each.finish(), said) for each, said in zip(those, judged, strict=True)]
+                losses.append(_or_none(sum(lost) / sum(len(ids) for ids in windows)))
+        else:
+            num_targets = sum(ids.numel() - len(ids) for ids in windows)
+            for those in passes:
+                lost = [_loss(each.finish(), ids) for each, ids in zip(those, windows, strict=True)]
+                losses.append(_or_none(sum(lost) / num_targets))
     for gate in gates:
         gate.remove()
     for block_of_choice in skippable:
@@ -253,3 +276,9 @@ def _loss(logits: Tensor, ids: Tensor) -> float:
     """The sum over tokens, nats."""
     targets = ids[:, 1:].flatten().to(logits.device)
     return float(nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets, reduction="sum"))
+
+
+def _divergence(logits: Tensor, judged: Tensor) -> float:
+    """KL(judged ‖ logits), both texts × classes: the sum over texts, nats."""
+    own, theirs = (each.double().log_softmax(dim=-1) for each in (logits, judged))
+    return float(nn.functional.kl_div(own, theirs, reduction="sum", log_target=True))

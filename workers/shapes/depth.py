@@ -19,12 +19,20 @@ def config_of_fewer_blocks(stage: DepthPruning, param: str, config: Mapping[str,
         UserError: ``invalid_value``, ``unsupported_task`` or ``unsupported_architecture``.
     """
     architecture = architecture_of(config)
+    others = {"causal": "perplexity, ", "classification": "divergence, "}.get(architecture.task, "")
     if stage.method == "perplexity" and architecture.task != "causal":
         raise UserError(
             "unsupported_task",
             "The model is no causal language model and has no perplexity to choose blocks by.",
             param=f"{param}.method",
-            hint="Use block_influence, or list the blocks.",
+            hint=f"Use {others}block_influence, or list the blocks.",
+        )
+    if stage.method == "divergence" and architecture.task != "classification":
+        raise UserError(
+            "unsupported_task",
+            "The model is no classifier: there are no classes whose divergence could choose blocks.",
+            param=f"{param}.method",
+            hint=f"Use {others}block_influence, or list the blocks.",
         )
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise UserError(

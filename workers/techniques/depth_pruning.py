@@ -11,7 +11,7 @@ from pydantic import Field, model_validator
 from workers.techniques.options import Kind, OptionError, Statistic
 from workers.techniques.structure_options import StructureOptions
 
-Method = Literal["block_influence", "perplexity", "list"]
+Method = Literal["block_influence", "perplexity", "divergence", "list"]
 
 
 class DepthPruning(StructureOptions):
@@ -28,7 +28,9 @@ class DepthPruning(StructureOptions):
         Field(
             description="Which blocks go. `block_influence`: those whose output is most like their input (cosine, mean "
             "over tokens), measured once. `perplexity`: one after another, each time the one without which perplexity "
-            "on the calibration text is lowest; takes as many times longer as the model has blocks. `list`: `blocks`."
+            "on the calibration text is lowest; takes as many times longer as the model has blocks. `divergence`: the "
+            "same for classifiers, by the KL divergence of the classes from what the whole model says. `list`: "
+            "`blocks`."
         ),
     ] = "block_influence"
     num_blocks: Annotated[
@@ -67,13 +69,14 @@ class DepthPruning(StructureOptions):
     @property
     def needs(self) -> frozenset[Statistic]:
         """What tells blocks apart; nothing for a list."""
-        needed: dict[Method, frozenset[Statistic]] = {"perplexity": frozenset({"losses"}), "list": frozenset()}
-        return needed.get(self.method, self.statistics)
+        if self.method == "list":
+            return frozenset()
+        return self.statistics if self.method == "block_influence" else frozenset({"losses"})
 
     @property
     def relative_time(self) -> float:
         """One pass, or as many as there are blocks for each that is left out."""
-        return {"block_influence": 0.4, "perplexity": 4.0, "list": 0.01}[self.method]
+        return {"block_influence": 0.4, "perplexity": 4.0, "divergence": 4.0, "list": 0.01}[self.method]
 
     def num_removed(self, num_blocks: int) -> int:
         """How many of a model's blocks are left out."""

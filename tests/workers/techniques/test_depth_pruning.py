@@ -54,6 +54,13 @@ SHAPES: dict[str, tuple[Task, dict[str, Any]]] = {
 }
 
 
+SHORT_TEXTS = [f"{'word ' * (index % 9)}number {index}" for index in range(80)]
+OF_A_CLASSIFIER: dict[str, Any] = {
+    "calibration": {"dataset": {"texts": SHORT_TEXTS}, "num_samples": 80},
+    "evaluation": {"dataset": {"texts": SHORT_TEXTS, "labels": ["LABEL_0", "LABEL_1"] * 40}, "allow_overlap": True},
+}
+
+
 class Stopped(BaseException):
     """The run ends here."""
 
@@ -67,15 +74,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("roots") / "classifier"
+    write_tiny_model(
+        folder, "bert", task="classification", num_hidden_layers=NUM_BLOCKS, intermediate_size=128, scale=8.0
+    )
+    return folder
+
+
 @torch.inference_mode()
-def logits_without(folder: Path, task: Task, blocks: str, removed: set[int], ids: Tensor) -> Tensor:
-    """What plain transformers gives where these blocks hand on what they were given."""
+def logits_without(folder: Path, task: Task, blocks: str, removed: set[int], *samples: Tensor) -> Tensor:
+    """What plain transformers gives where these blocks hand on what they were given, sample by sample."""
     auto: Any = getattr(transformers, AUTO_CLASSES[task])
     opened: Any = auto.from_pretrained(folder, dtype=torch.float32).eval()
     for index, block in enumerate(opened.get_submodule(blocks)):
         if index in removed:
             block.forward = lambda hidden_states, *_, **__: hidden_states
-    return torch.as_tensor(opened(input_ids=ids).logits)
+    return torch.cat([opened(input_ids=ids).logits for ids in samples])
 
 
 def num_parameters(auto: Any, folder: Path) -> int:
@@ -179,6 +195,34 @@ def test_by_perplexity_each_choice_is_the_best_one(model: Path, tmp_path: Path) 
     assert max(tried_last) - min(tried_last) > 0.01
 
 
+@torch.inference_mode()
+def test_by_divergence_each_choice_says_most_nearly_what_the_whole_classifier_says(
+    classifier: Path, tmp_path: Path
+) -> None:
+    stage = {"technique": "depth_pruning", "method": "divergence", "num_blocks": 2, "keep_first": 0, "keep_last": 0}
+    attempt = compressed(tmp_path / "work", classifier, {"stages": [stage], **OF_A_CLASSIFIER})
+    tokenizer: Any = transformers.AutoTokenizer.from_pretrained(classifier)
+    ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in SHORT_TEXTS]
+
+    def said(removed: set[int]) -> torch.Tensor:
+        return logits_without(classifier, "classification", "bert.encoder.layer", removed, *ids).log_softmax(dim=-1)
+
+    whole = said(set())
+
+    def divergence(removed: set[int]) -> float:
+        return float((whole.exp() * (whole - said(removed))).sum(dim=-1).mean())
+
+    alone = [divergence({index}) for index in range(NUM_BLOCKS)]
+    first = alone.index(min(alone))
+    pairs = {index: divergence({first, index}) for index in range(NUM_BLOCKS) if index != first}
+    second = min(pairs, key=pairs.__getitem__)
+    metrics = json.loads((attempt.work / "compressed.json").read_text())["stages"][0]["metrics"]
+    assert metrics["removed_blocks"] == [first, second]
+    assert metrics["losses"] == pytest.approx([alone[first], pairs[second]], rel=1e-3)
+    assert metrics["scores"] == pytest.approx([pairs.get(index, alone[first]) for index in range(NUM_BLOCKS)], rel=1e-3)
+    assert max(alone) > 1.1 * min(alone)
+
+
 def test_other_stages_follow_on_the_blocks_that_are_left(model: Path, tmp_path: Path) -> None:
     stages: list[dict[str, Any]] = [
         {"technique": "depth_pruning", "num_blocks": 1},
@@ -201,12 +245,14 @@ def test_other_stages_follow_on_the_blocks_that_are_left(model: Path, tmp_path: 
     assert fractions == sorted(fractions)
 
 
-@pytest.mark.parametrize("method", ["block_influence", "perplexity"])
+@pytest.mark.parametrize("method", ["block_influence", "perplexity", "divergence"])
 @pytest.mark.parametrize("stop_at", [2, 4, 11])
 def test_a_stopped_measurement_goes_on_and_gives_the_same_bytes(
-    method: str, stop_at: int, model: Path, tmp_path: Path
+    method: str, stop_at: int, model: Path, classifier: Path, tmp_path: Path
 ) -> None:
-    recipe = {"stages": [{"technique": "depth_pruning", "method": method, "num_blocks": 2}]}
+    recipe: dict[str, Any] = {"stages": [{"technique": "depth_pruning", "method": method, "num_blocks": 2}]}
+    if method == "divergence":
+        model, recipe = classifier, {**recipe, **OF_A_CLASSIFIER}
     undisturbed = compressed(tmp_path / "undisturbed", model, recipe)
     attempt = fetched(tmp_path / "work", model, recipe)
     num_steps = 0
@@ -310,6 +356,7 @@ def test_it_goes_on_under_another_memory(
     ("model_type", "stage", "code"),
     [
         ("bert", {"method": "perplexity", "num_blocks": 1}, "unsupported_task"),
+        ("llama", {"method": "divergence", "num_blocks": 1}, "unsupported_task"),
         ("gpt2", {"num_blocks": 1}, "unsupported_architecture"),
     ],
 )
