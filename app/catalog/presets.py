@@ -63,7 +63,7 @@ PRESETS: dict[str, Preset] = {
             "For a trained encoder of six blocks or more: a sixth of them left out, taught again by the original on "
             'labelled text of yours, then 4 bits, embeddings too. Send {"preset": "classifier-7x", "training": …}.',
             _recipe(
-                {"technique": "depth_pruning", "method": "divergence", "fraction": 0.17},
+                {"technique": "depth_pruning", "fraction": 0.17},
                 {
                     "technique": "logit_distillation",
                     "num_epochs": 5,
