@@ -131,12 +131,12 @@ def test_killed_between_updates_it_ends_with_the_same_bytes(
 
 def test_what_was_pruned_before_stays_and_no_more_is_a_failure(model: Path, tmp_path: Path) -> None:
     before = {"technique": "magnitude", "mask_structure": "1:4"}
-    grow = {key: value for key, value in GROW.items() if key != "sparsity"}
-    with pytest.raises(UserError) as raised:
-        compressed(tmp_path / "same", model, recipe_of(before, {**grow, "mask_structure": "2:4", "num_steps": 4}))
-    assert (raised.value.code, raised.value.param) == ("nothing_changed", "recipe.stages[1]")
     more = compressed(tmp_path / "more", model, recipe_of(before, {**GROW, "sparsity": 0.9, "num_steps": 4}))
     alone = compressed(tmp_path / "alone", model, recipe_of(before))
+    grow = {key: value for key, value in GROW.items() if key != "sparsity"}
+    with pytest.raises(UserError) as raised:
+        compressed(tmp_path / "same", alone.artifact, recipe_of({**grow, "mask_structure": "2:4", "num_steps": 4}))
+    assert (raised.value.code, raised.value.param) == ("nothing_changed", "recipe.stages[0]")
     pruned, kept = (load_file(each.artifact / "model.safetensors") for each in (more, alone))
     for name, weight in kept.items():
         if name.startswith("model.layers") and weight.dim() == 2:
