@@ -147,8 +147,8 @@ class Recipe(Part):
     def needs_calibration(self) -> bool:
         """Whether text is run through the model: for the stages, or for a plan of how to treat each layer."""
         needed = frozenset[Statistic]().union(self.statistics, *(stage.needs for stage in self.early_stages))
-        if self.reads_training_text:  # text of the task is counted there
-            needed -= {"token_counts"}
+        if self.reads_training_text:  # what is asked of the task's own text is measured there
+            needed -= {"token_counts", "divergence"}
         return bool(needed or self.plan_share or self._begins_with_gptq)
 
     @property

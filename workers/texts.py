@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable, Iterator
-from itertools import islice
+from functools import partial
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from transformers import AutoTokenizer
 from workers.engine.skeleton import Skeleton
 from workers.engine.text import (
     DOCUMENT_SEPARATOR,
+    FEWEST_TOKENS,
     calibration_samples,
     check_masks,
     chosen_sequences,
@@ -25,6 +28,7 @@ from workers.evaluation.speed import check_prompt
 from workers.recipe import Recipe
 from workers.sources.text_file import CHARACTERS_A_TOKEN
 from workers.sources.tokenizer_file import tokenizer_failures
+from workers.training.seeds import seed_of
 
 # Tokens whose logits the artifact has to give again, and in how many sequences an encoder reads them.
 NUM_PROBE_TOKENS = 64
@@ -66,6 +70,22 @@ class Texts:
     def of_task(self) -> Iterator[str]:
         """The text that says what the model is used for: what it is trained on, or else calibrated with."""
         return read_documents(self.training_path) if self._recipe.reads_training_text else self.documents()
+
+    def drawn_of_task(self, skeleton: Skeleton, num_tokens: int) -> list[Tensor]:
+        """Samples × tokens for each length of samples: texts of :meth:`of_task`, long ones cut off.
+
+        They are drawn from all of the text by the recipe's seed, and have about ``num_tokens`` tokens together.
+        """
+        tokenizer = self.tokenizer(skeleton)
+        length = min(self._recipe.calibration.max_seq_length, skeleton.checkpoint.max_positions)
+        # By a hash, as the text may be in an order, and longer than what fits into memory.
+        beginnings = (document[: length * CHARACTERS_A_TOKEN] for document in self.of_task())
+        drawn = heapq.nsmallest(num_tokens // FEWEST_TOKENS, beginnings, key=partial(seed_of, self._recipe.seed))
+        part = "training" if self._recipe.reads_training_text else "calibration"
+        found = sequences(tokenizer, drawn, length, param=f"recipe.{part}.dataset", cuts=False)
+        num_before = accumulate((ids.numel() for ids in found), initial=0)
+        enough = [ids for ids, before in zip(found, num_before, strict=False) if before < num_tokens]
+        return [ids for _, ids in of_one_length(enough)]
 
     def evaluation(self) -> Iterator[str]:
         """The held-out text, a document at a time."""

@@ -34,7 +34,7 @@ NUM_COMPARED_TOKENS = 2_048
 _STATES_A_TOKEN = 3
 # Tokens of one pass to the logits, of which there are as many rows in memory.
 TOKENS_OF_LOGITS = 512
-# The same of a classifier, where a text, of some tens of tokens, gives one distribution.
+# The same of a classifier, of whose texts each gives one distribution.
 NUM_JUDGED_TOKENS = 16_384
 
 
@@ -77,7 +77,9 @@ def choose_blocks(shaping: Shaping, stage: DepthPruning, journal: Journal) -> Cu
     scores: list[float | None] = [None] * num_blocks
     if stage.blocks is not None:
         return Cut(sorted(stage.blocks), scores)
-    calibration = shaping.texts.calibration(skeleton)
+    texts = shaping.texts
+    by_task = stage.method == "divergence"
+    calibration = texts.drawn_of_task(skeleton, NUM_JUDGED_TOKENS) if by_task else texts.calibration(skeleton)
     candidates, num_removed = stage.candidates(num_blocks), stage.num_removed(num_blocks)
     if stage.method == "block_influence":
         influences = block_influences(skeleton, calibration, journal, waiting_bytes, shaping.progress)
@@ -154,7 +156,7 @@ def losses_without(
     windows = _windows(skeleton, calibration)
     num_tokens = sum(ids.numel() for ids in windows)
     num_bytes = _STATES_A_TOKEN * num_tokens * skeleton.hidden_size * torch.float32.itemsize
-    size = max(1, waiting_bytes // num_bytes)
+    size = max(1, waiting_bytes // num_bytes - _has_judge(skeleton))
     groups = [candidates[first : first + size] for first in range(0, len(candidates), size)]
     losses: list[float | None] = []
     for number, group in enumerate(groups):
@@ -172,10 +174,15 @@ def losses_without(
     return losses
 
 
+def _has_judge(skeleton: Skeleton) -> bool:
+    """Whether what is left of the model is held against what it says whole."""
+    return skeleton.architecture.task == "classification"
+
+
 def _windows(skeleton: Skeleton, calibration: Sequence[Tensor]) -> list[Tensor]:
     """Samples × tokens of one pass each."""
-    if skeleton.architecture.task == "classification":
-        return [ids for samples in part_of(calibration, NUM_JUDGED_TOKENS) for ids in batches(samples)]
+    if _has_judge(skeleton):
+        return [ids for samples in calibration for ids in batches(samples)]
     (samples,) = part_of([max(calibration, key=torch.numel)[:, :TOKENS_OF_LOGITS]], NUM_COMPARED_TOKENS)
     return list(torch.split(samples, 1))
 
@@ -190,8 +197,7 @@ def _losses_of_group(
     progress: Progress,
 ) -> list[float | None]:
     blocks = [skeleton.block_name(index) for index in range(skeleton.num_blocks)]
-    # What a classifier says whole is what it is held against.
-    has_judge = skeleton.architecture.task == "classification"
+    has_judge = _has_judge(skeleton)
     skipped: list[set[int]] = [set()] if has_judge else []
     skipped += [{*removed, candidate} for candidate in candidates]
     shapes = [torch.Size([*ids.shape, skeleton.hidden_size]) for _ in skipped for ids in windows]

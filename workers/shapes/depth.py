@@ -19,20 +19,14 @@ def config_of_fewer_blocks(stage: DepthPruning, param: str, config: Mapping[str,
         UserError: ``invalid_value``, ``unsupported_task`` or ``unsupported_architecture``.
     """
     architecture = architecture_of(config)
-    others = {"causal": "perplexity, ", "classification": "divergence, "}.get(architecture.task, "")
-    if stage.method == "perplexity" and architecture.task != "causal":
+    of_task = {"causal": "perplexity", "classification": "divergence"}.get(architecture.task)
+    if stage.method in ("perplexity", "divergence") and stage.method != of_task:
+        needed = "a causal language model" if stage.method == "perplexity" else "a classifier"
         raise UserError(
             "unsupported_task",
-            "The model is no causal language model and has no perplexity to choose blocks by.",
+            f"The model is not {needed}, which {stage.method} is measured of.",
             param=f"{param}.method",
-            hint=f"Use {others}block_influence, or list the blocks.",
-        )
-    if stage.method == "divergence" and architecture.task != "classification":
-        raise UserError(
-            "unsupported_task",
-            "The model is no classifier: there are no classes whose divergence could choose blocks.",
-            param=f"{param}.method",
-            hint=f"Use {others}block_influence, or list the blocks.",
+            hint=f"Use {f'{of_task}, ' if of_task else ''}block_influence, or list the blocks.",
         )
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise UserError(

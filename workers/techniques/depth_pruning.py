@@ -29,8 +29,8 @@ class DepthPruning(StructureOptions):
             description="Which blocks go. `block_influence`: those whose output is most like their input (cosine, mean "
             "over tokens), measured once. `perplexity`: one after another, each time the one without which perplexity "
             "on the calibration text is lowest; takes as many times longer as the model has blocks. `divergence`: the "
-            "same for classifiers, by the KL divergence of the classes from what the whole model says. `list`: "
-            "`blocks`."
+            "same for classifiers, by the KL divergence of the classes from what the whole model says of the training "
+            "text, or else of the calibration text. `list`: `blocks`."
         ),
     ] = "block_influence"
     num_blocks: Annotated[
@@ -69,9 +69,10 @@ class DepthPruning(StructureOptions):
     @property
     def needs(self) -> frozenset[Statistic]:
         """What tells blocks apart; nothing for a list."""
-        if self.method == "list":
-            return frozenset()
-        return self.statistics if self.method == "block_influence" else frozenset({"losses"})
+        needed: dict[Method, frozenset[Statistic]] = {
+            "perplexity": frozenset({"losses"}), "divergence": frozenset({"divergence"}), "list": frozenset()
+        }  # fmt: skip
+        return needed.get(self.method, self.statistics)
 
     @property
     def relative_time(self) -> float:

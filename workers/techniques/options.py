@@ -16,7 +16,15 @@ if TYPE_CHECKING:
 
 Kind = Literal["pruning", "quantization", "distillation", "factorization", "sharing", "attention", "training"]
 Statistic = Literal[
-    "hessian", "input_norms", "input_absmax", "drift", "block_influence", "losses", "token_counts", "unit_norms"
+    "hessian",
+    "input_norms",
+    "input_absmax",
+    "drift",
+    "block_influence",
+    "losses",
+    "divergence",
+    "token_counts",
+    "unit_norms",
 ]
 
 

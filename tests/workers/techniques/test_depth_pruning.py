@@ -195,12 +195,18 @@ def test_by_perplexity_each_choice_is_the_best_one(model: Path, tmp_path: Path) 
     assert max(tried_last) - min(tried_last) > 0.01
 
 
-@torch.inference_mode()
+@pytest.mark.parametrize("has_training", [False, True])
 def test_by_divergence_each_choice_says_most_nearly_what_the_whole_classifier_says(
-    classifier: Path, tmp_path: Path
+    has_training: bool, classifier: Path, tmp_path: Path
 ) -> None:
+    """On the text of the task: what the recipe trains on, or else calibrates with."""
     stage = {"technique": "depth_pruning", "method": "divergence", "num_blocks": 2, "keep_first": 0, "keep_last": 0}
-    attempt = compressed(tmp_path / "work", classifier, {"stages": [stage], **OF_A_CLASSIFIER})
+    recipe: dict[str, Any] = {"stages": [stage], **OF_A_CLASSIFIER}
+    if has_training:
+        distil = {"technique": "logit_distillation", "alpha": 0.0, "num_steps": 1, "batch_size": 2}
+        recipe |= {"stages": [stage, distil], "training": {"dataset": {"texts": SHORT_TEXTS}}, "calibration": {}}
+    attempt = compressed(tmp_path / "work", classifier, recipe)
+    assert (attempt.work / "source" / "calibration.jsonl").exists() != has_training
     tokenizer: Any = transformers.AutoTokenizer.from_pretrained(classifier)
     ids = [torch.tensor([tokenizer(text)["input_ids"]]) for text in SHORT_TEXTS]
 
