@@ -1,6 +1,6 @@
 """A classifier made small: MiniLM tuned on a task, then half as deep, in 4 bits, and both, against the same rows.
 
-    .venv/bin/python -m bench.classifier [--data phishing spam] [--epochs 3] [--student-epochs 5]
+    .venv/bin/python -m bench.classifier [--data phishing spam] [--epochs 3] [--student-epochs 3]
 
 Rows are divided by a seed. Every number is on the held-out ones, in float32 by plain transformers, of artifacts that
 jobs of this program have made; differences are paired by row, with their 95 % interval.
@@ -135,7 +135,7 @@ def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--data", nargs="*", choices=TASKS, default=list(TASKS))
     arguments.add_argument("--epochs", type=float, default=3.0)
-    arguments.add_argument("--student-epochs", type=float, default=5.0)
+    arguments.add_argument("--student-epochs", type=float, default=3.0)
     options = arguments.parse_args()
     for name in options.data:
         measure(name, options.epochs, options.student_epochs)

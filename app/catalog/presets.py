@@ -63,12 +63,12 @@ PRESETS: dict[str, Preset] = {
             "For a trained encoder of six blocks or more: a sixth of them left out, taught again by the original on "
             'labelled text of yours, then 4 bits, embeddings too. Send {"preset": "classifier-7x", "training": …}.',
             _recipe(
-                {"technique": "depth_pruning", "fraction": 0.17},
+                {"technique": "depth_pruning", "method": "divergence", "fraction": 0.17},
                 {
                     "technique": "logit_distillation",
-                    "num_epochs": 5,
+                    "num_epochs": 3,
                     "max_seq_length": 128,
-                    "learning_rate": 2e-4,
+                    "learning_rate": 5e-5,
                     "alpha": 0.1,
                     "hidden_weight": 1.0,
                     # What the teacher has learned by heart it says no more about than the labels do.
