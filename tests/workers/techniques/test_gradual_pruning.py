@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
-from tests.workers.training.recipes import Stopped, digests, recipe_of, stops_after, stops_no_more
+from tests.workers.training.recipes import digests, recipe_of, stopped_after
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.errors import UserError
@@ -113,18 +113,13 @@ def test_patterns_lie_along_input_columns_and_outlast_codes(tmp_path: Path) -> N
     assert [each["layer"] for each in grown["fallbacks"]] == [f"transformer.h.{block}.mlp.c_proj" for block in (0, 1)]
 
 
-def test_killed_between_updates_it_ends_with_the_same_bytes(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_between_updates_it_ends_with_the_same_bytes(model: Path, tmp_path: Path) -> None:
     recipe = recipe_of({**GROW, "num_steps": 9, "num_updates": 3})
     expected = digests(compressed(tmp_path / "undisturbed", model, recipe))
     attempt = fetched(tmp_path / "work", model, recipe)
     assert list(GradualPruning.model_validate({**GROW, "num_updates": 3}).updates(9)) == [2, 4, 6]
     for last in (2, 3, 7):  # before an update, after one, after the last
-        stops_after(monkeypatch, last)
-        with pytest.raises(Stopped):
-            compress(attempt.work, attempt.request, attempt.events.append)
-    stops_no_more(monkeypatch)
+        stopped_after(attempt, last)
     compress(attempt.work, attempt.request, attempt.events.append)
     assert digests(attempt) == expected
 

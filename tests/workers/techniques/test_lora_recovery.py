@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
-from tests.workers.training.recipes import Stopped, digests, recipe_of, stops_after, stops_no_more
+from tests.workers.training.recipes import digests, recipe_of, stopped_after
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.errors import UserError
@@ -152,22 +152,17 @@ def test_layers_that_share_a_weight_share_its_adapter(model: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight" not in merged
 
 
-def test_killed_within_rounds_it_ends_with_the_same_bytes_from_small_states(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_killed_within_rounds_it_ends_with_the_same_bytes_from_small_states(model: Path, tmp_path: Path) -> None:
     short = {**REPAIR, "num_steps": 5, "rank": 2, "hidden_weight": 1.0, "patience": 4}
     recipe = recipe_of({"technique": "iterate", "rounds": 2, "stages": [PRUNE, short]})
     expected = digests(compressed(tmp_path / "undisturbed", model, recipe))
     attempt = fetched(tmp_path / "work", model, recipe)
     for number, last in ((0, 2), (1, 3)):
-        stops_after(monkeypatch, last, f"round-{number:02d}")
-        with pytest.raises(Stopped):
-            compress(attempt.work, attempt.request, attempt.events.append)
+        stopped_after(attempt, last, f"round-{number:02d}")
     [state] = (attempt.work / "journal").rglob("step-*.safetensors")
     kept = load_file(state)
     assert {name.rpartition(".")[2] for name in kept if "projections" not in name} == {"down", "up"}
     assert max(each.numel() for name, each in kept.items() if "projections" not in name) == 2 * 128
-    stops_no_more(monkeypatch)
     compress(attempt.work, attempt.request, attempt.events.append)
     assert digests(attempt) == expected
 

@@ -14,6 +14,7 @@ from transformers import AutoModelForSequenceClassification
 
 from tests.models import write_tiny_model
 from tests.workers.attempts import TEXTS, Attempt
+from workers.pipeline import compress
 from workers.training import loop
 from workers.training.step_journal import Curve, StepJournal
 
@@ -22,7 +23,6 @@ SHORT = {"num_steps": 6, "batch_size": 4, "max_seq_length": 32, "num_evaluations
 TUNE = {"technique": "fine_tuning", **SHORT}
 DISTIL = {"technique": "logit_distillation", **SHORT}
 CUT = {"technique": "depth_pruning", "method": "list", "blocks": [1]}
-_OWN_WRITE = StepJournal.write
 
 
 class Stopped(BaseException):
@@ -44,21 +44,20 @@ def recipe_of(*stages: dict[str, Any], **changes: Any) -> dict[str, Any]:
     return {"stages": list(stages), "training": TRAINING, **changes}
 
 
-def stops_after(monkeypatch: pytest.MonkeyPatch, step: int, place: str = "") -> None:
-    """From now on, end a run when it has kept its state of ``step``, in a journal whose folder's name has ``place``."""
+def stopped_after(attempt: Attempt, step: int, place: str = "") -> None:
+    """Run it until it has kept its state of ``step``, in a journal whose folder's name has ``place``."""
+    own_write = StepJournal.write
 
-    def stopped(self: StepJournal, curve: Curve, tensors: dict[str, Tensor]) -> None:
-        _OWN_WRITE(self, curve, tensors)
+    def write(self: StepJournal, curve: Curve, tensors: dict[str, Tensor]) -> None:
+        own_write(self, curve, tensors)
         if curve.step == step and place in str(self.folder):
             raise Stopped
 
-    monkeypatch.setattr(loop, "SECONDS_A_STATE", 0.0)
-    monkeypatch.setattr(StepJournal, "write", stopped)
-
-
-def stops_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let runs go on after each state."""
-    monkeypatch.setattr(StepJournal, "write", _OWN_WRITE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "SECONDS_A_STATE", 0.0)
+        patch.setattr(StepJournal, "write", write)
+        with pytest.raises(Stopped):
+            compress(attempt.work, attempt.request, attempt.events.append)
 
 
 URLS = [

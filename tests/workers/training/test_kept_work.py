@@ -17,8 +17,7 @@ from tests.workers.training.recipes import (
     Stopped,
     digests,
     recipe_of,
-    stops_after,
-    stops_no_more,
+    stopped_after,
 )
 from workers.errors import UserError
 from workers.pipeline import compress
@@ -55,10 +54,7 @@ def test_killed_after_any_step_it_ends_with_the_same_bytes(
 
     monkeypatch.setattr(loop.Loop, "_step", counted)
     for last in (1, 4):
-        stops_after(monkeypatch, last)
-        with pytest.raises(Stopped):
-            compress(attempt.work, attempt.request, attempt.events.append)
-    stops_no_more(monkeypatch)
+        stopped_after(attempt, last)
     compress(attempt.work, attempt.request, attempt.events.append)
     assert digests(attempt) == expected
     assert steps == list(range(6))  # none twice
