@@ -16,6 +16,7 @@ from workers.recipe_parts import (
     Calibration,
     Dataset,
     Evaluation,
+    NamedText,
     Output,
     Part,
     Training,
@@ -126,11 +127,29 @@ class Recipe(Part):
         return any(getattr(stage, "synthetic", None) is None for stage in self.training_stages)
 
     @property
+    def calibrates_on_training_text(self) -> bool:
+        """Whether the text that stages train on is calibrated with as well: it says what the model is used for."""
+        return self.calibration.dataset is None and self.training is not None and self.reads_training_text
+
+    @property
+    def reads_calibration_text(self) -> bool:
+        """Whether a text is read for calibration alone."""
+        return self.needs_calibration and not self.calibrates_on_training_text
+
+    @property
+    def calibration_text(self) -> NamedText:
+        """That text, whether or not it is read."""
+        calibration = self.calibration
+        return NamedText(dataset=calibration.dataset or BUILTIN_DATASET, text_field=calibration.text_field)
+
+    @property
     def num_training_tokens(self) -> int | None:
         """How many tokens of the training text are read at most; None where that is decided by its length."""
         if self._counts_tokens or (self.training is not None and self.training.has_labels):
             return None
         wanted = [stage.num_tokens for stage in self.stages if isinstance(stage, TrainingOptions | Iterate)]
+        if self.needs_calibration and self.calibrates_on_training_text:
+            wanted.append(self.num_read_tokens)
         return None if None in wanted else max((num for num in wanted if num is not None), default=0)
 
     @property
@@ -163,7 +182,7 @@ class Recipe(Part):
     @property
     def num_calibration_tokens(self) -> int | None:
         """As many tokens of calibration text are enough; None where a stage counts those of all there is."""
-        if not self.needs_calibration:
+        if not self.reads_calibration_text:
             return 0
         if self._counts_tokens and not self.reads_training_text:
             return None
@@ -200,7 +219,7 @@ class Recipe(Part):
         dataset: Dataset = BUILTIN_DATASET
         text_field = "text"
         if self.evaluation.is_general:
-            parts: list[Training | Calibration] = [self.calibration] if self.needs_calibration else []
+            parts: list[NamedText] = [self.calibration_text] if self.reads_calibration_text else []
             if self.training is not None and self.reads_training_text:
                 parts.insert(0, self.training)
             own = next((part for part in parts if part.dataset != BUILTIN_DATASET), None)

@@ -78,20 +78,28 @@ def _checked_label_field(value: str | None, info: ValidationInfo) -> str | None:
     return value
 
 
+class NamedText(Part):
+    """Text of documents, and of files with fields the one that holds it."""
+
+    dataset: Dataset
+    text_field: Annotated[str, Field(max_length=200)] = "text"
+
+
 class Calibration(Part):
     """Text that is run through the model to gather statistics."""
 
-    dataset: Dataset = BUILTIN_DATASET
+    dataset: Annotated[
+        Dataset | None,
+        Field(description=f"Null for the training text where stages read one, and else {BUILTIN_DATASET}."),
+    ] = None
     text_field: Annotated[str, Field(max_length=200)] = "text"
     num_samples: Annotated[int, Field(ge=1, le=65_536)] = 128
     max_seq_length: Annotated[int, Field(ge=8, le=131_072, description="Tokens a sample.")] = 512
 
 
-class Training(Part):
+class Training(NamedText):
     """Text, and labels where there are any, for stages that train."""
 
-    dataset: Dataset
-    text_field: Annotated[str, Field(max_length=200)] = "text"
     label_field: Annotated[
         str | None,
         Field(
@@ -113,11 +121,10 @@ class Training(Part):
         return beside or self.label_field is not None
 
 
-class Evaluation(Part):
+class Evaluation(NamedText):
     """Held-out text on which the original and the result are measured."""
 
     dataset: Dataset = BUILTIN_DATASET
-    text_field: Annotated[str, Field(max_length=200)] = "text"
     num_tokens: Annotated[int, Field(ge=64, le=4_194_304)] = 16_384
     max_seq_length: Annotated[int, Field(ge=16, le=131_072, description="Tokens a window.")] = 1_024
     label_field: Annotated[

@@ -65,7 +65,10 @@ class Texts:
 
     def documents(self) -> Iterator[str]:
         """All of the calibration text, a document at a time; nothing where no stage or plan needs it."""
-        return read_documents(self._source / "calibration.jsonl") if self._recipe.needs_calibration else iter(())
+        if not self._recipe.needs_calibration:
+            return iter(())
+        on_training = self._recipe.calibrates_on_training_text
+        return read_documents(self.training_path if on_training else self._source / "calibration.jsonl")
 
     def of_task(self) -> Iterator[str]:
         """The text that says what the model is used for: what it is trained on, or else calibrated with."""
@@ -78,14 +81,18 @@ class Texts:
         """
         tokenizer = self.tokenizer(skeleton)
         length = min(self._recipe.calibration.max_seq_length, skeleton.checkpoint.max_positions)
-        # By a hash, as the text may be in an order, and longer than what fits into memory.
-        beginnings = (document[: length * CHARACTERS_A_TOKEN] for document in self.of_task())
-        drawn = heapq.nsmallest(num_tokens // FEWEST_TOKENS, beginnings, key=partial(seed_of, self._recipe.seed))
+        drawn = self._drawn(self.of_task(), num_tokens // FEWEST_TOKENS, length)
         part = "training" if self._recipe.reads_training_text else "calibration"
         found = sequences(tokenizer, drawn, length, param=f"recipe.{part}.dataset", cuts=False)
         num_before = accumulate((ids.numel() for ids in found), initial=0)
         enough = [ids for ids, before in zip(found, num_before, strict=False) if before < num_tokens]
         return [ids for _, ids in of_one_length(enough)]
+
+    def _drawn(self, documents: Iterator[str], count: int, max_seq_length: int) -> list[str]:
+        """At most ``count`` documents, long ones cut off."""
+        # By a hash, as the text may be in an order, and longer than what fits into memory.
+        beginnings = (document[: max_seq_length * CHARACTERS_A_TOKEN] for document in documents)
+        return heapq.nsmallest(count, beginnings, key=partial(seed_of, self._recipe.seed))
 
     def evaluation(self) -> Iterator[str]:
         """The held-out text, a document at a time."""
@@ -115,15 +122,19 @@ class Texts:
     def _read_calibration(self, tokenizer: Any, skeleton: Skeleton) -> list[Tensor]:
         if not self._recipe.needs_calibration:
             return []
-        wanted, param = self._recipe.calibration, "recipe.calibration.dataset"
+        wanted, is_shared = self._recipe.calibration, self._recipe.calibrates_on_training_text
+        param = f"recipe.{'training' if is_shared else 'calibration'}.dataset"
         length = min(wanted.max_seq_length, skeleton.checkpoint.max_positions)
         if skeleton.architecture.task == "causal":
             ids = tokenize(tokenizer, self._documents_to_read(), param=param)
             samples = [calibration_samples(ids, wanted.num_samples, length, self._recipe.seed)]
             is_short = samples[0].numel() < wanted.num_samples * wanted.max_seq_length
         else:
+            # Texts to train on are often in the order of their classes.
+            draws = is_shared and skeleton.architecture.task == "classification"
+            own = self._drawn(self.documents(), wanted.num_samples, length) if draws else self._documents_to_read()
             # Texts of people are as short as they are: only their number can fall short.
-            found = sequences(tokenizer, list(self._documents_to_read()), length, param=param, cuts=True)
+            found = sequences(tokenizer, list(own), length, param=param, cuts=not draws)
             chosen = chosen_sequences(found, wanted.num_samples, self._recipe.seed)
             samples = [ids for _, ids in of_one_length(chosen)]
             is_short = len(found) < wanted.num_samples

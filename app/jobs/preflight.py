@@ -13,7 +13,7 @@ from workers.architectures import architecture_of
 from workers.architectures.compact import compact_of
 from workers.errors import JobError, UserError
 from workers.recipe import Recipe
-from workers.recipe_parts import Calibration
+from workers.recipe_parts import Evaluation, Training
 from workers.shapes import facts_after
 from workers.sources.checkpoint import ArtifactFacts
 from workers.sources.classifier_head import class_names, makes_classifier
@@ -63,7 +63,8 @@ def check(
 def asks_hub(submission: JobSubmission) -> bool:
     """Whether checking it waits for a hub."""
     recipe = submission.recipe
-    datasets = [part.dataset for part in (recipe.calibration, recipe.training, recipe.evaluation) if part is not None]
+    parts = (recipe.calibration_text, recipe.training, recipe.evaluation)
+    datasets = [part.dataset for part in parts if part is not None]
     return not submission.model.id.startswith(("file:", "job:")) or any(
         isinstance(dataset, str) and dataset.startswith("hub:") for dataset in datasets
     )
@@ -197,15 +198,15 @@ def _classes_of(recipe: Recipe, settings: Settings) -> tuple[str, ...] | None:
 
 
 def _check_datasets(recipe: Recipe, facts: ModelFacts, settings: Settings) -> None:
-    for name in ("calibration", "training", "evaluation"):
-        part = getattr(recipe, name)
+    parts = {"calibration": recipe.calibration_text, "training": recipe.training, "evaluation": recipe.evaluation}
+    for name, part in parts.items():
         if part is not None:
             check_dataset(
                 part.dataset,
                 f"recipe.{name}.dataset",
                 settings.model_roots,
                 text_field=part.text_field,
-                labels=None if isinstance(part, Calibration) else labels_of(part, facts.config),
+                labels=labels_of(part, facts.config) if isinstance(part, Training | Evaluation) else None,
                 timeout_seconds=settings.hub_timeout_seconds,
             )
 

@@ -6,7 +6,8 @@ from typing import Any
 
 from app.jobs.schemas import JobSubmission
 from workers.architectures import architecture_of
-from workers.recipe_parts import Evaluation
+from workers.recipe import Recipe
+from workers.recipe_parts import Evaluation, NamedText
 from workers.sources.division import is_one_source
 from workers.sources.facts import ModelFacts
 from workers.sources.labels import has_labels, labels_of
@@ -42,18 +43,13 @@ def warnings_of(
                 "param": "recipe.output.format",
             }
         )
-    calibration, evaluation = submission.recipe.calibration, submission.recipe.evaluation
-    if (
-        submission.recipe.needs_calibration
-        and not evaluation.is_general
-        and is_one_source(calibration, evaluation)
-        and not evaluation.allow_overlap
-    ):
+    readers = _readers_of_evaluation(submission.recipe)
+    if readers:
         warnings.append(
             {
                 "code": "text_divided",
-                "message": "Calibration and evaluation name one text: every third document of it (of fewer than three, "
-                "the last third) is kept for evaluation alone.",
+                "message": f"{' and '.join(readers).capitalize()} and evaluation name one text: every third document "
+                "of it (of fewer than three, the last third) is kept for evaluation alone.",
                 "param": "recipe.evaluation.dataset",
             }
         )
@@ -117,3 +113,13 @@ def _warnings_of_memory(submission: JobSubmission, facts: ModelFacts, limit_byte
         for each in training_memory(submission.recipe, facts)
         if each.num_bytes > limit_bytes
     ]
+
+
+def _readers_of_evaluation(recipe: Recipe) -> list[str]:
+    """Parts of the recipe that read the user's text which evaluation names, and have to share it."""
+    if recipe.evaluation.is_general or recipe.evaluation.allow_overlap:
+        return []
+    parts: dict[str, NamedText] = {"calibration": recipe.calibration_text} if recipe.reads_calibration_text else {}
+    if recipe.training is not None and recipe.reads_training_text:
+        parts["training"] = recipe.training
+    return [name for name, part in parts.items() if is_one_source(part, recipe.evaluation)]

@@ -8,7 +8,7 @@ from contextlib import suppress
 from itertools import chain, islice
 from typing import Protocol
 
-from workers.recipe_parts import BUILTIN_DATASET, Calibration, Evaluation, Training
+from workers.recipe_parts import BUILTIN_DATASET, NamedText
 from workers.sources.datasets import Document
 from workers.sources.identifiers import parse_file_name
 from workers.sources.passages import Passages
@@ -112,12 +112,12 @@ def _cut(text: str, every: int) -> int:
     return len(text)
 
 
-def is_one_source(seen: Calibration | Training, evaluation: Evaluation) -> bool:
+def is_one_source(seen: NamedText, evaluation: NamedText) -> bool:
     """Whether both name one text, which is divided between them then."""
     return _source(seen) == _source(evaluation)
 
 
-def _source(part: Calibration | Training | Evaluation) -> tuple[object, str]:
+def _source(part: NamedText) -> tuple[object, str]:
     """Equal for two spellings of one file, and whatever field the built-in text is said to be in."""
     dataset = part.dataset
     if dataset == BUILTIN_DATASET:

@@ -10,7 +10,7 @@ from typing import Any
 
 from workers.errors import JobError, UserError
 from workers.recipe import Recipe
-from workers.recipe_parts import BUILTIN_DATASET, Calibration, Dataset, Evaluation, InlineDataset, Training
+from workers.recipe_parts import BUILTIN_DATASET, Dataset, Evaluation, InlineDataset, NamedText, Training
 from workers.sources.datasets import (
     Document,
     builtin_sha256,
@@ -52,7 +52,7 @@ def write_texts(
     that is enough.
     Raises the UserErrors of :func:`workers.sources.datasets.check_dataset`, and ``one_class``.
     """
-    calibration, training, evaluation = recipe.calibration, recipe.training, recipe.evaluation
+    training, evaluation = recipe.training, recipe.evaluation
     apart = recipe.evaluation_apart if measures_apart else None
     reads_training = training is not None and recipe.reads_training_text
     with (
@@ -65,7 +65,7 @@ def write_texts(
         is_shared = training is not None and is_one_source(training, evaluation)
         read_as = (training_labels or labels) if is_shared else labels
         sources = _Sources(model_roots, token, read_as, training_labels)
-        seen: list[_Seen] = [_Seen("calibration", calibration, calibrating, recipe.needs_calibration)]
+        seen: list[_Seen] = [_Seen("calibration", recipe.calibration_text, calibrating, recipe.reads_calibration_text)]
         if training is not None and reads_training:
             seen.append(_Seen("training", training, training_file, is_read=True))
         shared = [each for each in seen if is_one_source(each.part, evaluation) and not evaluation.allow_overlap]
@@ -98,10 +98,12 @@ def write_texts(
         _check_evaluation(evaluating)
         described: dict[str, dict[str, Any] | None] = {"calibration": None}
         described |= {each.name: sources.describe(each.part) | each.file.describe() for each in seen if each.is_read}
+        if recipe.needs_calibration and recipe.calibrates_on_training_text:
+            described["calibration"] = described["training"]
         described["evaluation"] = sources.describe(evaluation) | evaluating.describe()
         if apart is not None and measuring_apart.num_documents:
             described["apart"] = sources.describe(apart) | measuring_apart.describe()
-    wanted = {"calibration": recipe.needs_calibration, "training": reads_training, "apart": "apart" in described}
+    wanted = {"calibration": recipe.reads_calibration_text, "training": reads_training, "apart": "apart" in described}
     for name in (name for name, is_wanted in wanted.items() if not is_wanted):
         (folder / f"{name}.jsonl").unlink()
     return described
@@ -156,7 +158,7 @@ class _Seen:
     """A part of the recipe whose text the model sees, so that evaluation must not."""
 
     name: str
-    part: Calibration | Training
+    part: NamedText
     file: TextFile
     is_read: bool
 
@@ -236,7 +238,7 @@ class _Sources:
         self._token = token
         self._commits: dict[str, str] = {}
 
-    def documents(self, part: Calibration | Training | Evaluation) -> Iterator[Document]:
+    def documents(self, part: NamedText) -> Iterator[Document]:
         """The documents of one part of the recipe."""
         labels = self._labels.get(type(part))
         commit = self._commit(part.dataset)
@@ -244,7 +246,7 @@ class _Sources:
             part.dataset, part.text_field, self._model_roots, self._token, labels=labels, commit=commit
         )
 
-    def describe(self, part: Calibration | Training | Evaluation) -> dict[str, Any]:
+    def describe(self, part: NamedText) -> dict[str, Any]:
         """Where the texts came from, exactly enough to have them again."""
         told: dict[str, Any] = {"dataset": describe(part.dataset), "text_field": part.text_field}
         labels = self._labels.get(type(part))

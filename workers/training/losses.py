@@ -10,9 +10,15 @@ from torch import Tensor, nn
 
 # Rows of logits that are there at a time: a vocabulary may be a hundred times as wide as what it is made from.
 ROWS_AT_A_TIME = 512
+# Of logits that a CPU takes from product to gradient at once: the dozen tensors on the way then stay in its cache. That
+# is three times as fast as through memory.
+_CACHED_BYTES = 4 * 2**20
 
-# From logits (rows × tokens of the vocabulary) and the numbers of their rows to the sum of their losses.
+# From logits of some rows of a piece (rows × tokens of the vocabulary), and which rows of it these are, to the sum of
+# their losses.
 LossOfRows = Callable[[Tensor, slice], Tensor]
+# From which rows a piece has to the losses of those.
+LossOfPieces = Callable[[slice], LossOfRows]
 
 
 class _LossOfHeads(torch.autograd.Function):
@@ -20,7 +26,7 @@ class _LossOfHeads(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, loss_of: LossOfRows
+        context: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None, losses: LossOfPieces
     ) -> Tensor:
         total = torch.zeros((), device=hidden.device)
         needs = context.needs_input_grad[:3]
@@ -33,12 +39,12 @@ class _LossOfHeads(torch.autograd.Function):
             rows = slice(begin, min(begin + ROWS_AT_A_TIME, hidden.shape[0]))
             with torch.set_grad_enabled(any(needs)):
                 inputs = [hidden[rows].detach().requires_grad_(), own_weight, own_bias]
-                loss = loss_of(logits_of(inputs[0], inputs[1], inputs[2], cap), rows)  # type: ignore[arg-type]
-            total += loss.detach()
+                outputs = nn.functional.linear(*inputs)  # type: ignore[arg-type]
+            total += _loss_and_gradient(outputs.detach(), cap, losses(rows), takes_gradient=any(needs))
             if not any(needs):
                 continue
             wanted = [each for each, is_needed in zip(inputs, needs, strict=True) if is_needed and each is not None]
-            found = iter(torch.autograd.grad(loss, wanted))
+            found = iter(torch.autograd.grad(outputs, wanted, outputs.detach()))
             if needs[0]:
                 of_hidden[rows] = next(found)
             if of_weight is not None:
@@ -55,17 +61,37 @@ class _LossOfHeads(torch.autograd.Function):
         return (*(each if needed[index] else None for index, each in enumerate(scaled)), None, None)
 
 
-def loss_of_head(hidden: Tensor, head: nn.Module, cap: float | None, loss_of: LossOfRows) -> Tensor:
-    """The sum of ``loss_of`` over the rows of ``hidden`` (rows × hidden size), as the linear ``head`` reads them."""
+def loss_of_head(hidden: Tensor, head: nn.Module, cap: float | None, losses: LossOfPieces) -> Tensor:
+    """The sum of ``losses`` over the rows of ``hidden`` (rows × hidden size), as the linear ``head`` reads them."""
     weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
-    total: Tensor = _LossOfHeads.apply(hidden, weight, bias, cap, loss_of)  # type: ignore[no-untyped-call]
+    total: Tensor = _LossOfHeads.apply(hidden, weight, bias, cap, losses)  # type: ignore[no-untyped-call]
     return total
 
 
 def logits_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, cap: float | None) -> Tensor:
     """What a head makes of hidden states, in float32; ``cap`` is where some models bend their logits."""
-    logits = nn.functional.linear(hidden, weight, bias).float()
+    return _capped(nn.functional.linear(hidden, weight, bias), cap)
+
+
+def _capped(outputs: Tensor, cap: float | None) -> Tensor:
+    logits = outputs.float()
     return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def _loss_and_gradient(outputs: Tensor, cap: float | None, loss_of: LossOfRows, *, takes_gradient: bool) -> Tensor:
+    """The loss of what a head gave (rows × tokens of the vocabulary), in whose place its gradient is written."""
+    num_rows, num_tokens = outputs.shape
+    total = torch.zeros((), device=outputs.device)
+    at_once = num_rows if outputs.is_cuda else max(1, _CACHED_BYTES // (4 * num_tokens))
+    for begin in range(0, num_rows, at_once):
+        rows = slice(begin, min(begin + at_once, num_rows))
+        with torch.set_grad_enabled(takes_gradient):
+            own = outputs[rows].requires_grad_(takes_gradient)
+            loss = loss_of(_capped(own, cap), rows)
+        total += loss.detach()
+        if takes_gradient:
+            [outputs[rows]] = torch.autograd.grad(loss, [own])
+    return total
 
 
 def divergence(logits: Tensor, teacher_logits: Tensor, temperature: float) -> Tensor:

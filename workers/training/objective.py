@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.training.losses import distance, loss_of_head
+from workers.training.losses import LossOfRows, distance, loss_of_head
 from workers.training.model import Whole
 from workers.training.samples import Batch
 from workers.training.teachers import Teacher, scored_positions
@@ -74,13 +74,18 @@ class Objective:
         sum_of_hard = torch.zeros((), device=hidden.device)
         weight = self._weights.hard
 
-        def loss_of(logits: Tensor, rows: slice) -> Tensor:
-            nonlocal sum_of_hard
-            hard = nn.functional.cross_entropy(logits, targets[rows], reduction="sum")
-            sum_of_hard = sum_of_hard + hard.detach()
-            return hard if soft_of is None else weight * hard + (1 - weight) * soft_of(logits, rows)
+        def losses(piece: slice) -> LossOfRows:
+            of_piece, soft = targets[piece], None if soft_of is None else soft_of(piece)
 
-        total = loss_of_head(hidden, self._student.head, self._student.logit_cap, loss_of)
+            def loss_of(logits: Tensor, rows: slice) -> Tensor:
+                nonlocal sum_of_hard
+                hard = nn.functional.cross_entropy(logits, of_piece[rows], reduction="sum")
+                sum_of_hard = sum_of_hard + hard.detach()
+                return hard if soft is None else weight * hard + (1 - weight) * soft(logits, rows)
+
+            return loss_of
+
+        total = loss_of_head(hidden, self._student.head, self._student.logit_cap, losses)
         return Loss(total + targets.numel() * self._of_states(batch), targets.numel(), sum_of_hard)
 
     def _of_classes(self, batch: Batch) -> Loss:
@@ -94,7 +99,7 @@ class Objective:
             num_right = (logits.argmax(dim=-1) == batch.targets).sum()
             total = total + (1.0 if soft_of is None else self._weights.hard) * hard
         if soft_of is not None:
-            total = total + (1 - self._weights.hard) * soft_of(logits, everyone)
+            total = total + (1 - self._weights.hard) * soft_of(everyone)(logits, everyone)
         total = total + len(batch.numbers) * self._of_states(batch)
         return Loss(total, len(batch.numbers), None if hard is None else hard.detach(), num_right)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.disk import flush, write_json
 from workers.engine.device import training_products
-from workers.training.losses import LossOfRows, divergence, divergence_of_top, logits_of
+from workers.training.losses import LossOfPieces, LossOfRows, divergence, divergence_of_top, logits_of
 from workers.training.model import Whole
 from workers.training.samples import NOT_SCORED, Batch, Samples, collate
 
@@ -32,7 +32,7 @@ class Teacher(Protocol):
     def states(self) -> dict[int, Tensor]:
         """Hidden states of blocks that were asked for, of the last batch."""
 
-    def reader(self, batch: Batch, scored: Tensor) -> LossOfRows:
+    def reader(self, batch: Batch, scored: Tensor) -> LossOfPieces:
         """The divergence of the student's logits from ours: of those positions of ``batch`` that are ``scored``.
 
         Or, of a classifier, of each sample.
@@ -53,21 +53,23 @@ class OnlineTeacher:
         return self._whole.states
 
     @torch.no_grad()
-    def reader(self, batch: Batch, scored: Tensor) -> LossOfRows:
-        """Runs the teacher now, its head when rows are asked for."""
+    def reader(self, batch: Batch, scored: Tensor) -> LossOfPieces:
+        """Runs the teacher now, its head when a piece is asked for."""
         if not self._causal:
             logits = self._whole.class_logits(batch.ids, batch.mask)
-            return lambda of_student, rows: divergence(of_student, logits[rows], self._temperature)
+            return lambda piece: self._losses(logits[piece])
         hidden = self._whole.hidden(batch.ids)[scored]
         head, cap = self._whole.head, self._whole.logit_cap
         weight, bias = head.get_parameter("weight"), getattr(head, "bias", None)
 
-        def loss_of(of_student: Tensor, rows: slice) -> Tensor:
+        def losses(piece: slice) -> LossOfRows:
             with torch.no_grad():
-                own = logits_of(hidden[rows], weight, bias, cap)
-            return divergence(of_student, own, self._temperature)
+                return self._losses(logits_of(hidden[piece], weight, bias, cap))
 
-        return loss_of
+        return losses
+
+    def _losses(self, own: Tensor) -> LossOfRows:
+        return lambda of_student, rows: divergence(of_student, own[rows], self._temperature)
 
 
 class CachedTeacher:
@@ -115,7 +117,7 @@ class CachedTeacher:
                 since = done
             progress(done / len(self._samples))
 
-    def reader(self, batch: Batch, scored: Tensor) -> LossOfRows:
+    def reader(self, batch: Batch, scored: Tensor) -> LossOfPieces:
         """Reads the logits of the batch's samples."""
         found = [self._rows_of(number) for number in batch.numbers]
         chosen = np.concatenate([rows[:-1] if self._causal else rows for rows in found])
@@ -124,9 +126,14 @@ class CachedTeacher:
         values = torch.from_numpy(self._values[chosen]).to(device)
         tokens = torch.from_numpy(self._tokens[chosen].astype(np.int64)).to(device)
         totals = torch.from_numpy(self._log_totals[chosen]).to(device)
-        return lambda of_student, rows: divergence_of_top(
-            of_student, values[rows], tokens[rows], totals[rows], self._temperature
-        )
+
+        def losses(piece: slice) -> LossOfRows:
+            own, own_tokens, own_totals = values[piece], tokens[piece], totals[piece]
+            return lambda of_student, rows: divergence_of_top(
+                of_student, own[rows], own_tokens[rows], own_totals[rows], self._temperature
+            )
+
+        return losses
 
     def note_fingerprint(self, fingerprint: dict[str, Any]) -> list[dict[str, Any]]:
         """Say under what the logits were made that have none yet; under what all were made."""

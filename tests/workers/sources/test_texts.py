@@ -293,6 +293,24 @@ def test_a_row_whose_label_is_no_class_ends_the_reading_by_name(tmp_path: Path) 
     assert "a, b" in str(caught.value.hint)
 
 
+def test_what_stages_train_on_is_calibrated_with_where_no_text_is_named_for_it(tmp_path: Path) -> None:
+    texts = [f"Document {index} says {index * index}." * 20 for index in range(12)]
+    tune = {"technique": "fine_tuning", "num_steps": 1, "batch_size": 1, "max_seq_length": 64}
+    recipe = Recipe.model_validate(
+        {
+            "stages": [tune, GPTQ],
+            "training": {"dataset": inline(*texts)},
+            "calibration": {"num_samples": 4, "max_seq_length": 64},
+        }
+    )
+    described = write_texts(recipe, tmp_path, [])
+    assert described["calibration"] is not None
+    assert described["calibration"] == described["training"]
+    assert not (tmp_path / "calibration.jsonl").exists()
+    assert set(read(tmp_path, "training")) <= set(texts)
+    assert recipe.num_training_tokens == 4 * 64  # what the hungrier of the two reads
+
+
 def paragraphs(documents: list[str]) -> set[str]:
     return {" ".join(paragraph.split()) for text in documents for paragraph in text.split("\n\n")}
 

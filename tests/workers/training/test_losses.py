@@ -6,8 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from workers.training import losses
 from workers.training.losses import (
     ROWS_AT_A_TIME,
+    LossOfPieces,
+    LossOfRows,
     distance,
     divergence,
     divergence_of_top,
@@ -18,13 +21,25 @@ from workers.training.losses import (
 NUM_ROWS, HIDDEN_SIZE, NUM_TOKENS = ROWS_AT_A_TIME + 37, 8, 23
 
 
+def cross_entropy_with(targets: Tensor) -> LossOfPieces:
+    def of_piece(piece: slice) -> LossOfRows:
+        own = targets[piece]
+        return lambda logits, rows: nn.functional.cross_entropy(logits, own[rows], reduction="sum")
+
+    return of_piece
+
+
 def drawn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 @pytest.mark.parametrize("cap", [None, 3.0])
 @pytest.mark.parametrize("bias", [False, True])
-def test_a_head_read_in_pieces_gives_the_loss_and_gradients_of_one_read_at_once(bias: bool, cap: float | None) -> None:
+@pytest.mark.parametrize("num_cached", [1, 100, NUM_ROWS])
+def test_a_head_read_in_pieces_gives_the_loss_and_gradients_of_one_read_at_once(
+    num_cached: int, bias: bool, cap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(losses, "_CACHED_BYTES", 4 * NUM_TOKENS * num_cached)
     targets = torch.randint(NUM_TOKENS, (NUM_ROWS,), generator=torch.Generator().manual_seed(1))
     found = []
     for whole in (True, False):
@@ -35,12 +50,7 @@ def test_a_head_read_in_pieces_gives_the_loss_and_gradients_of_one_read_at_once(
             logits = head(hidden) if cap is None else cap * torch.tanh(head(hidden) / cap)
             loss = nn.functional.cross_entropy(logits, targets, reduction="sum")
         else:
-            loss = loss_of_head(
-                hidden,
-                head,
-                cap,
-                lambda logits, rows: nn.functional.cross_entropy(logits, targets[rows], reduction="sum"),
-            )
+            loss = loss_of_head(hidden, head, cap, cross_entropy_with(targets))
         (2 * loss).backward()  # type: ignore[no-untyped-call]
         found.append([loss.detach(), *(each.grad for each in (*body.parameters(), *head.parameters()))])
     for expected, given in zip(*found, strict=True):
@@ -52,12 +62,8 @@ def test_a_head_that_is_the_embedding_gets_the_gradients_of_both() -> None:
     head = nn.Linear(HIDDEN_SIZE, NUM_TOKENS, bias=False)
     head.weight = weight
     ids, targets = torch.tensor([1, 2, 3]), torch.tensor([2, 3, 4])
-    loss_of_head(
-        nn.functional.embedding(ids, weight),
-        head,
-        None,
-        lambda logits, rows: nn.functional.cross_entropy(logits, targets[rows], reduction="sum"),
-    ).backward()  # type: ignore[no-untyped-call]
+    loss = loss_of_head(nn.functional.embedding(ids, weight), head, None, cross_entropy_with(targets))
+    loss.backward()  # type: ignore[no-untyped-call]
     assert weight.grad is not None
     other = weight.detach().clone().requires_grad_()
     logits = nn.functional.embedding(ids, other) @ other.T
