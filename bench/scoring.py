@@ -1,4 +1,4 @@
-"""Losses of every token, by the model that plain transformers opens, and what two models' losses say together."""
+"""Losses of every token, by the model as its user opens it, and what two models' losses say together."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from workers.evaluation.estimates import Estimate, mean_with_error
 from workers.formats import bitsandbytes
+from workers.formats.shipped_loader import loader_of, name_of_loader
 
 WINDOW = 1_024
 
@@ -19,7 +20,9 @@ WINDOW = 1_024
 @torch.inference_mode()
 def token_losses(folder: Path, ids: Tensor) -> Tensor:
     """The loss (nats, float64) of every token but each window's first, in float32."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    has_loader = name_of_loader(folder) is not None
+    opens: Any = loader_of(folder).load_model if has_loader else AutoModelForCausalLM.from_pretrained
+    model = opens(folder, dtype=torch.float32)
     bitsandbytes.to_float32(model)
     parts = []
     for window in torch.split(ids, WINDOW):
