@@ -1,6 +1,7 @@
 """A classifier made small: MiniLM tuned on a task, then half as deep, in 4 bits, and both, against the same rows.
 
-    .venv/bin/python -m bench.classifier [--data phishing spam] [--epochs 3] [--student-epochs 3]
+    .venv/bin/python -m bench.classifier [--data phishing spam] [--epochs 3] [--student-epochs 3] \
+        [--half-epochs 6]
 
 Rows are divided by a seed. Every number is on the held-out ones, in float32 by plain transformers, of artifacts that
 jobs of this program have made; differences are paired by row, with their 95 % interval.
@@ -26,7 +27,15 @@ from bench.materials import FOLDER, minilm, shared_file
 
 INTERVAL = 1.96  # standard errors to each side
 MAX_LENGTH = 128
-NUM_BLOCKS_LEFT_OUT = 3
+# Half of six blocks, and what teaches the others. Without the teacher `alpha` is 1, and all else is the same.
+HALF = {"technique": "depth_pruning", "method": "divergence", "num_blocks": 3}
+TAUGHT = {
+    "technique": "logit_distillation",
+    "alpha": 0.0,
+    "max_seq_length": MAX_LENGTH,
+    "learning_rate": 3e-4,
+    "augmentation": {"mask_probability": 0.1, "delete_probability": 0.1},
+}
 
 
 @dataclass(frozen=True)
@@ -89,18 +98,21 @@ def recipe_of(name: str, *stages: dict[str, Any], seed: int = 0) -> dict[str, An
 
 
 @torch.inference_mode()
-def predicted(artifact: Path, rows: list[tuple[str, str]]) -> list[str]:
-    """The label that a classifier gives each row."""
+def read(artifact: Path, rows: list[tuple[str, str]]) -> tuple[list[str], list[float]]:
+    """The label that a classifier gives each row, and its cross entropy with the row's own (nats)."""
     model: Any = AutoModelForSequenceClassification.from_pretrained(artifact, dtype=torch.float32)
     model.eval()
     tokenizer: Any = AutoTokenizer.from_pretrained(artifact)
     found: list[str] = []
+    losses: list[float] = []
     for begin in range(0, len(rows), 32):
         texts = [text for text, _ in rows[begin : begin + 32]]
         encoded = tokenizer(texts, return_tensors="pt", padding=True, truncation=True, max_length=MAX_LENGTH)
         logits: Tensor = model(**encoded).logits
         found += [model.config.id2label[index] for index in logits.argmax(dim=-1).tolist()]
-    return found
+        numbers = torch.tensor([model.config.label2id[label] for _, label in rows[begin : begin + 32]])
+        losses += torch.nn.functional.cross_entropy(logits, numbers, reduction="none").tolist()
+    return found, losses
 
 
 def f1(labels: list[str], found: list[str], positive: str) -> float:
@@ -110,11 +122,12 @@ def f1(labels: list[str], found: list[str], positive: str) -> float:
     return 2 * both / (claimed + there) if claimed + there else 0.0
 
 
-def shown(differences: list[float]) -> str:
-    """Mean and 95 % interval, in points."""
-    values = 100 * torch.tensor(differences, dtype=torch.float64)
-    mean, error = float(values.mean()), float(values.std() / len(differences) ** 0.5)
-    return f"{mean:+.2f} points [{mean - INTERVAL * error:+.2f}, {mean + INTERVAL * error:+.2f}]"
+def shown(ours: list[float], theirs: list[float], scale: float, unit: str, digits: int) -> str:
+    """Mean of the differences by row, and its 95 % interval."""
+    values = scale * (torch.tensor(ours, dtype=torch.float64) - torch.tensor(theirs, dtype=torch.float64))
+    mean, error = float(values.mean()), float(values.std() / len(ours) ** 0.5)
+    low, high = mean - INTERVAL * error, mean + INTERVAL * error
+    return f"{mean:+.{digits}f} {unit} [{low:+.{digits}f}, {high:+.{digits}f}]"
 
 
 def shown_f1(labels: list[str], one: list[str], other: list[str], positive: str) -> str:
@@ -136,12 +149,13 @@ def main() -> None:
     arguments.add_argument("--data", nargs="*", choices=TASKS, default=list(TASKS))
     arguments.add_argument("--epochs", type=float, default=3.0)
     arguments.add_argument("--student-epochs", type=float, default=3.0)
+    arguments.add_argument("--half-epochs", type=float, default=6.0)
     options = arguments.parse_args()
     for name in options.data:
-        measure(name, options.epochs, options.student_epochs)
+        measure(name, options.epochs, options.student_epochs, options.half_epochs)
 
 
-def measure(name: str, epochs: float, student_epochs: float) -> None:
+def measure(name: str, epochs: float, student_epochs: float, half_epochs: float) -> None:
     """One task."""
     folder, rows = divided(name)
     shape = {"max_seq_length": MAX_LENGTH, "learning_rate": 1e-4, "num_epochs": epochs}
@@ -149,31 +163,32 @@ def measure(name: str, epochs: float, student_epochs: float) -> None:
     teacher = run_job(f"{name}-teacher", minilm(), recipe_of(name, tune), folder)
     preset = PRESETS["classifier-7x"].recipe["stages"]
     preset = [stage | ({"num_epochs": student_epochs} if "num_epochs" in stage else {}) for stage in preset]
-    [distilled] = [stage for stage in preset if stage["technique"] == "logit_distillation"]
-    half = {"technique": "depth_pruning", "num_blocks": NUM_BLOCKS_LEFT_OUT}
-    alone = {**distilled, "alpha": 1.0, "hidden_weight": 0.0}
+    taught = {**TAUGHT, "num_epochs": half_epochs}
+    alone = {**taught, "alpha": 1.0}
     made = {
         "teacher": teacher,
-        "half, distilled": run_job(f"{name}-half", teacher, recipe_of(name, half, distilled), folder),
-        "half, tuned without the teacher": run_job(f"{name}-half-alone", teacher, recipe_of(name, half, alone), folder),
-        "half, cut alone": run_job(f"{name}-half-cut", teacher, recipe_of(name, half), folder),
+        "half, distilled": run_job(f"{name}-half", teacher, recipe_of(name, HALF, taught), folder),
+        "half, tuned without the teacher": run_job(f"{name}-half-alone", teacher, recipe_of(name, HALF, alone), folder),
+        "half, cut alone": run_job(f"{name}-half-cut", teacher, recipe_of(name, HALF), folder),
         "classifier-7x": run_job(f"{name}-7x", teacher, recipe_of(name, *preset), folder),
         "classifier-7x, fewer tokens": run_job(
             f"{name}-7x-tokens", teacher, recipe_of(name, {"technique": "vocabulary_pruning"}, *preset), folder
         ),
     }
     labels, positive = [label for _, label in rows], TASKS[name].positive
-    found = {each: predicted(artifact, rows) for each, artifact in made.items()}
+    answers = {each: read(artifact, rows) for each, artifact in made.items()}
+    found = {each: labels_found for each, (labels_found, _) in answers.items()}
+    losses = {each: row_losses for each, (_, row_losses) in answers.items()}
     right = {each: [float(a == b) for a, b in zip(labels, guesses, strict=True)] for each, guesses in found.items()}
-    print(f"\n{name}: {len(rows)} held-out rows\n\n| model | accuracy | F1 | bytes | ratio | sequences/s |")
+    print(f"\n{name}: {len(rows)} held-out rows\n\n| model | accuracy | F1 | cross entropy | bytes | ratio |")
     print("| --- | --- | --- | --- | --- | --- |")
     original_bytes = report_of(teacher)["size"]["artifact_bytes"]
     for each, artifact in made.items():
         report = report_of(artifact)
-        size, speed = report["size"]["artifact_bytes"], report["speed"]["artifact"]["tokens_per_second"]
+        size, nats = report["size"]["artifact_bytes"], sum(losses[each]) / len(rows)
         accuracy = 100 * sum(right[each]) / len(rows)
         score = 100 * f1(labels, found[each], positive)
-        print(f"| {each} | {accuracy:.2f} % | {score:.2f} | {size:,} | {original_bytes / size:.2f} | {speed:,.0f} |")
+        print(f"| {each} | {accuracy:.2f} % | {score:.2f} | {nats:.3f} | {size:,} | {original_bytes / size:.2f} |")
     print()
     for one, other in (
         ("classifier-7x", "teacher"),
@@ -182,8 +197,10 @@ def measure(name: str, epochs: float, student_epochs: float) -> None:
         ("half, distilled", "half, tuned without the teacher"),
         ("half, distilled", "half, cut alone"),
     ):
-        difference = shown([a - b for a, b in zip(right[one], right[other], strict=True)])
-        print(f"{one} less {other}: accuracy {difference}, F1 {shown_f1(labels, found[one], found[other], positive)}")
+        accuracy_difference = shown(right[one], right[other], 100, "points", 2)
+        nats_difference = shown(losses[one], losses[other], 1, "nats", 3)
+        print(f"{one} less {other}: accuracy {accuracy_difference}, cross entropy {nats_difference}, F1", end=" ")
+        print(shown_f1(labels, found[one], found[other], positive))
     kept = sum(right["half, distilled"]) / sum(right["teacher"])
     speeds = report_of(made["half, distilled"])["speed"]
     ratio = speeds["artifact"]["tokens_per_second"] / speeds["original"]["tokens_per_second"]
