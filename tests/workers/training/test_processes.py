@@ -55,7 +55,10 @@ def ranks_of(parent: int) -> list[psutil.Process]:
 
 def last_step(work: Path) -> int:
     """Of the newest state that is kept."""
-    return max((int(path.stem.removeprefix("step-")) for path in work.rglob("step-*.json")), default=0)
+    try:
+        return max((int(path.stem.removeprefix("step-")) for path in work.rglob("step-*.json")), default=0)
+    except FileNotFoundError:  # a folder went while it was looked into
+        return 0
 
 
 @pytest.fixture(scope="module")
