@@ -58,8 +58,8 @@ TRAINED_CLAIMS = [
 
 def trained_settings(num_steps: int) -> dict[str, list[dict[str, Any]]]:
     """By name, the stages of settings around so many steps of training."""
-    shape = {"num_steps": num_steps, "batch_size": 4, "max_seq_length": 256, "learning_rate": 3e-4}
-    shape["num_evaluations"] = 4
+    batch = {"batch_size": 4, "max_seq_length": 256}
+    shape = {"num_steps": num_steps, **batch, "learning_rate": 3e-4, "num_evaluations": 4}
     distil = {"technique": "logit_distillation", "alpha": 0.5, **shape}
     codes = {"group_size": 64}
     settings: dict[str, list[dict[str, Any]]] = {}

@@ -143,6 +143,16 @@ class Recipe(Part):
         return NamedText(dataset=calibration.dataset or BUILTIN_DATASET, text_field=calibration.text_field)
 
     @property
+    def texts_read(self) -> dict[str, NamedText]:
+        """What the model sees, by the part of the recipe that names it."""
+        read: dict[str, NamedText] = {}
+        if self.training is not None and self.reads_training_text:
+            read["training"] = self.training
+        if self.reads_calibration_text:
+            read["calibration"] = self.calibration_text
+        return read
+
+    @property
     def num_training_tokens(self) -> int | None:
         """How many tokens of the training text are read at most; None where that is decided by its length."""
         if self._counts_tokens or (self.training is not None and self.training.has_labels):
@@ -219,10 +229,7 @@ class Recipe(Part):
         dataset: Dataset = BUILTIN_DATASET
         text_field = "text"
         if self.evaluation.is_general:
-            parts: list[NamedText] = [self.calibration_text] if self.reads_calibration_text else []
-            if self.training is not None and self.reads_training_text:
-                parts.insert(0, self.training)
-            own = next((part for part in parts if part.dataset != BUILTIN_DATASET), None)
+            own = next((text for text in self.texts_read.values() if text.dataset != BUILTIN_DATASET), None)
             if own is None or self.evaluation.allow_overlap:
                 return None
             dataset, text_field = own.dataset, own.text_field

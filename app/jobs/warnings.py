@@ -6,8 +6,7 @@ from typing import Any
 
 from app.jobs.schemas import JobSubmission
 from workers.architectures import architecture_of
-from workers.recipe import Recipe
-from workers.recipe_parts import Evaluation, NamedText
+from workers.recipe_parts import Evaluation
 from workers.sources.division import is_one_source
 from workers.sources.facts import ModelFacts
 from workers.sources.labels import has_labels, labels_of
@@ -43,8 +42,9 @@ def warnings_of(
                 "param": "recipe.output.format",
             }
         )
-    readers = _readers_of_evaluation(submission.recipe)
-    if readers:
+    texts, evaluation = submission.recipe.texts_read, submission.recipe.evaluation
+    readers = [name for name, text in texts.items() if is_one_source(text, evaluation)]
+    if readers and not evaluation.is_general and not evaluation.allow_overlap:
         warnings.append(
             {
                 "code": "text_divided",
@@ -113,13 +113,3 @@ def _warnings_of_memory(submission: JobSubmission, facts: ModelFacts, limit_byte
         for each in training_memory(submission.recipe, facts)
         if each.num_bytes > limit_bytes
     ]
-
-
-def _readers_of_evaluation(recipe: Recipe) -> list[str]:
-    """Parts of the recipe that read the user's text which evaluation names, and have to share it."""
-    if recipe.evaluation.is_general or recipe.evaluation.allow_overlap:
-        return []
-    parts: dict[str, NamedText] = {"calibration": recipe.calibration_text} if recipe.reads_calibration_text else {}
-    if recipe.training is not None and recipe.reads_training_text:
-        parts["training"] = recipe.training
-    return [name for name, part in parts.items() if is_one_source(part, recipe.evaluation)]

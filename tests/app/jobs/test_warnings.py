@@ -30,7 +30,7 @@ def test_a_training_that_takes_more_than_jobs_may_have_is_told(
     ("parts", "message"),
     [
         ({"training": WORDS, "evaluation": WORDS}, "Training and evaluation"),
-        ({"calibration": WORDS, "training": WORDS, "evaluation": WORDS}, "Calibration and training and evaluation"),
+        ({"calibration": WORDS, "training": WORDS, "evaluation": WORDS}, "Training and calibration and evaluation"),
         ({"training": WORDS, "evaluation": {**WORDS, "allow_overlap": True}}, None),
         ({"training": {"dataset": "builtin:python-docs"}}, None),
     ],
