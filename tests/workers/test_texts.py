@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import transformers
 
-from tests.models import write_tiny_model
-from tests.workers.attempts import fetched
+from tests.models import write_tiny_llama, write_tiny_model
+from tests.workers.attempts import TEXTS, certified, fetched
 from workers.architectures import architecture_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.device import compute_device
@@ -39,3 +40,21 @@ def test_of_texts_in_the_order_of_their_classes_some_of_each_are_calibrated_with
     assert not said
     num_good = sum("ood" in sample for sample in samples)
     assert 4 <= num_good <= 12
+
+
+def test_stages_before_and_after_a_training_calibrate_with_its_text(tmp_path: Path) -> None:
+    model = tmp_path / "roots" / "llama"
+    write_tiny_llama(model)
+    recipe = {
+        "stages": [
+            {"technique": "width_pruning", "intermediate_size": 64},
+            {"technique": "fine_tuning", "num_steps": 1, "batch_size": 2, "max_seq_length": 32},
+            {"technique": "gptq", "scheme": "W4A16", "group_size": 32},
+        ],
+        "training": {"dataset": {"texts": TEXTS[:150]}},
+        "calibration": {"num_samples": 16, "max_seq_length": 64},
+    }
+    attempt = certified(tmp_path / "work", model, recipe)
+    assert not (attempt.work / "source" / "calibration.jsonl").exists()
+    assert json.loads((attempt.work / "compressed.json").read_text())["num_calibration_tokens"] == 16 * 64
+    assert [stage["technique"] for stage in attempt.report["stages"]] == ["width_pruning", "fine_tuning", "gptq"]
