@@ -70,8 +70,10 @@ def trained_settings(num_steps: int) -> dict[str, list[dict[str, Any]]]:
             f"{name}-alone": [cut, {"technique": "fine_tuning", **shape}],
             f"{name}-random": [cut, {**distil, "initialization": "random"}],
         }
-    synthetic = {"num_samples": 4 * num_steps}
-    settings["width-synthetic"] = [CUTS["width"], {**distil, "alpha": 0.0, "synthetic": synthetic}]
+    # Without hard targets: what the teacher says of real text, and of its own.
+    soft = {**distil, "alpha": 0.0}
+    settings["width-soft"] = [CUTS["width"], soft]
+    settings["width-synthetic"] = [CUTS["width"], {**soft, "synthetic": {"num_samples": 4 * num_steps}}]
     # Adapters are small, and begin at zero.
     adapt = {**distil, "technique": "lora_recovery", "learning_rate": 1e-3}
     settings |= {"low-rank": [LOW_RANK], "low-rank-recovered": [LOW_RANK, adapt]}
