@@ -47,6 +47,8 @@ ROUNDS = 4
 TRAINED_CLAIMS = [
     *((f"{cut}-distilled", f"{cut}-{other}") for cut in CUTS for other in ("cut", "alone", "random")),
     ("width-distilled", "depth-distilled"),
+    ("width-soft", "width-cut"),
+    ("width-synthetic", "width-cut"),
     ("width-synthetic", "halfway"),
     ("width-synthetic", "halfway-with-hard-targets"),
     ("low-rank-recovered", "low-rank"),
