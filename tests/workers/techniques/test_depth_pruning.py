@@ -15,6 +15,7 @@ from tests.models import write_tiny_llama, write_tiny_model
 from tests.workers.attempts import Attempt, certified, compressed, fetched
 from workers import memory
 from workers.architectures import ARCHITECTURES, AUTO_CLASSES, Architecture, Task
+from workers.engine.device import inexact_products
 from workers.errors import UserError
 from workers.pipeline import compress
 from workers.recipe import Recipe
@@ -158,9 +159,11 @@ def test_block_influence_is_that_of_the_hidden_states(model_type: str, tmp_path:
 
     for index, block in enumerate(opened.get_submodule(row.blocks)):
         block.register_forward_hook(lambda _, inputs, output, index=index: hear(index, inputs[0], output))
-    opened(input_ids=ids)
+    # Rounded as statistics are: on CPUs with tiles Mamba's scan too, which moved one block by 3 %.
+    with inexact_products():
+        opened(input_ids=ids)
     metrics = json.loads((attempt.work / "compressed.json").read_text())["stages"][0]["metrics"]
-    assert metrics["scores"] == pytest.approx([found[index] for index in range(NUM_BLOCKS)], rel=0.02)
+    assert metrics["scores"] == pytest.approx([found[index] for index in range(NUM_BLOCKS)], rel=0.01)
     inner = sorted(range(1, NUM_BLOCKS - 1), key=metrics["scores"].__getitem__)
     assert metrics["removed_blocks"] == inner[:2]
 
